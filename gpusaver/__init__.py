@@ -1,0 +1,89 @@
+"""GPU-aware checkpointing in TensorFlow's V2 format: tf.train.Saver for jobs that do not run TensorFlow.
+
+>>> import gpusaver, numpy as np
+>>> state = {"w": np.zeros(3, np.float32), "step": 0}
+>>> saver = gpusaver.Saver(state)
+>>> prefix = saver.save("/tmp/model.ckpt", 1)      # writes /tmp/model.ckpt-1.index and .data-00000-of-00001
+>>> report = saver.restore(prefix)                 # into the same array
+
+Log records go to the logger ``gpusaver``.
+"""
+
+import logging
+
+from gpusaver.checkpoint_state import (
+    checkpoint_exists,
+    checkpoints_iterator,
+    generate_checkpoint_state_proto,
+    get_checkpoint_mtimes,
+    get_checkpoint_state,
+    latest_checkpoint,
+    remove_checkpoint,
+    update_checkpoint_state,
+    wait_for_new_checkpoint,
+)
+from gpusaver.errors import (
+    CancelledError,
+    DataLossError,
+    Error,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    OutOfRangeError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    UnimplementedError,
+    UnknownError,
+)
+from gpusaver.pending import PendingSave, SaveReport
+from gpusaver.reader import CheckpointReader, list_variables, load, load_checkpoint, load_variable
+from gpusaver.restoring import RestoreReport
+from gpusaver.saver import Saver, save
+from gpusaver.tensor import DataType, TensorSlice, TensorSpec
+from gpusaver.variables import PartitionedVariable, Variable, reset_default_variables, variables
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CancelledError",
+    "CheckpointReader",
+    "DataLossError",
+    "DataType",
+    "Error",
+    "FailedPreconditionError",
+    "InternalError",
+    "InvalidArgumentError",
+    "NotFoundError",
+    "OutOfRangeError",
+    "PartitionedVariable",
+    "PendingSave",
+    "PermissionDeniedError",
+    "ResourceExhaustedError",
+    "RestoreReport",
+    "SaveReport",
+    "Saver",
+    "TensorSlice",
+    "TensorSpec",
+    "UnimplementedError",
+    "UnknownError",
+    "Variable",
+    "checkpoint_exists",
+    "checkpoints_iterator",
+    "generate_checkpoint_state_proto",
+    "get_checkpoint_mtimes",
+    "get_checkpoint_state",
+    "latest_checkpoint",
+    "list_variables",
+    "load",
+    "load_checkpoint",
+    "load_variable",
+    "remove_checkpoint",
+    "reset_default_variables",
+    "save",
+    "update_checkpoint_state",
+    "variables",
+    "wait_for_new_checkpoint",
+]
+
+logging.getLogger("gpusaver").addHandler(logging.NullHandler())

@@ -1,0 +1,154 @@
+"""One line of a bundle's index: where the bytes of a tensor, or of a part of one, lie (specification, section 3).
+
+A BundleEntryProto is read with the generated messages but written by hand, field after field in the order that
+TensorFlow uses, because that is twice as fast and there is one per tensor in every save::
+
+    08 dtype   12 n shape: { 12 n { 08 size } } per dimension   18 shard   20 offset   28 size   35 crc (fixed32)
+    3a n slice: { 0a n { 08 start, 10 length } } per dimension, for each part of a partitioned tensor
+
+A field whose value is 0 is left out, except ``shape`` and a slice's ``length``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from google.protobuf.message import DecodeError
+
+from gpusaver.bundle.coding import varint
+from gpusaver.errors import DataLossError, InvalidArgumentError, UnimplementedError
+from gpusaver.protos import tensor_bundle_pb2, types_pb2
+from gpusaver.tensor import MAX_ELEMENTS, DataType, TensorSlice, TensorSpec
+
+#: TensorFlow's own limit.
+_MAX_RANK = 254
+
+_STORABLE = {int(dtype): dtype for dtype in DataType if dtype not in (DataType.invalid, DataType.resource)}
+_DTYPE_FIELD = {int(dtype): bytes((0x08, dtype)) for dtype in DataType}
+
+
+class Entry(NamedTuple):
+    """What the index says about one key.
+
+    ``crc`` is the checksum in its masked form, as stored.  An entry with ``slices`` describes a partitioned tensor:
+    it has the full shape and no bytes; each part has an entry of its own under its slice key.
+    """
+
+    spec: TensorSpec
+    shard: int
+    offset: int
+    nbytes: int
+    crc: int
+    slices: tuple[TensorSlice, ...] = ()
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """The BundleEntryProto, byte for byte as TensorFlow writes it."""
+    encoded = _DTYPE_FIELD[entry.spec.dtype] + _shape_field(entry.spec.shape)
+    if entry.shard:
+        encoded += b"\x18" + varint(entry.shard)
+    if entry.offset:
+        encoded += b"\x20" + varint(entry.offset)
+    if entry.nbytes:
+        encoded += b"\x28" + varint(entry.nbytes)
+    if entry.crc:
+        encoded += b"\x35" + entry.crc.to_bytes(4, "little")
+    for part in entry.slices:
+        encoded += _field(b"\x3a", b"".join(_field(b"\x0a", _extent(extent)) for extent in part.extents))
+    return encoded
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape_field(shape: tuple[int, ...]) -> bytes:
+    return _field(b"\x12", b"".join(_field(b"\x12", b"\x08" + varint(size) if size else b"") for size in shape))
+
+
+def _extent(extent: tuple[int, int] | None) -> bytes:
+    if extent is None:
+        return b""
+    start, length = extent
+    return (b"\x08" + varint(start) if start else b"") + b"\x10" + varint(length)
+
+
+def _field(tag: bytes, content: bytes) -> bytes:
+    return tag + varint(len(content)) + content
+
+
+def decode_entry(value: bytes, num_shards: int) -> Entry:
+    """The entry that a BundleEntryProto describes.
+
+    Raises DataLossError if it contradicts itself: an unknown or unstorable dtype, a shape that is not fully known or
+    has more than 2^63 - 1 elements, a size that does not fit the shape, slices outside it, a shard that is not below
+    ``num_shards``; UnimplementedError for a dtype of a later TensorFlow.
+    """
+    head = rest = value
+    if len(value) > 4 and value[0] == 0x08 and value[2] == 0x12 and value[1] | value[3] < 128:
+        # As every writer orders it: dtype and shape come first, and tensors of one kind share these bytes.
+        head_nbytes = 4 + value[3]
+        head, rest = value[:head_nbytes], value[head_nbytes:]
+    try:
+        spec, expected_nbytes = _decode_head(head)
+        message = tensor_bundle_pb2.BundleEntryProto.FromString(rest)
+    except DecodeError as error:
+        raise DataLossError(f"not a BundleEntryProto: {error}") from error
+    shard, offset, nbytes = message.shard_id, message.offset, message.size
+    if not (0 <= shard < num_shards and offset >= 0 and nbytes >= 0):
+        raise DataLossError(f"shard {shard} of {num_shards}, offset {offset}, size {nbytes}")
+    slices = tuple([decode_slice(part, spec.shape) for part in message.slices]) if message.slices else ()
+    if nbytes != expected_nbytes and not slices:
+        # Every string takes at least the byte of its length, every variant that and a checksum.
+        if expected_nbytes >= 0:
+            raise DataLossError(f"{nbytes} bytes are stored, but {spec} needs {expected_nbytes}")
+        if spec.num_elements > nbytes:
+            raise DataLossError(f"{nbytes} bytes cannot hold {spec}")
+    return Entry(spec, shard, offset, nbytes, message.crc32c, slices)
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode_head(value: bytes) -> tuple[TensorSpec, int]:
+    """The spec, and the bytes that it needs or -1 if they depend on the elements."""
+    message = tensor_bundle_pb2.BundleEntryProto.FromString(value)
+    spec = TensorSpec(storable_dtype(message.dtype), decode_shape(message.shape))
+    return spec, spec.nbytes if spec.dtype.is_fixed_size else -1
+
+
+def storable_dtype(number: int) -> DataType:
+    """The type with this number, if values of it can be in a checkpoint.
+
+    Raises UnimplementedError for a number that TensorFlow may have assigned since, DataLossError for any other.
+    """
+    dtype = _STORABLE.get(number)
+    if dtype is None:
+        newest = max(_STORABLE)
+        if newest < number < 100:
+            raise UnimplementedError(f"dtype number {number} is newer than this gpusaver, which knows {newest}")
+        raise DataLossError(f"dtype number {number} is never stored in a checkpoint")
+    return dtype
+
+
+def decode_shape(message: types_pb2.TensorShapeProto) -> tuple[int, ...]:
+    """The shape; DataLossError unless it is fully known and within TensorFlow's limits."""
+    shape = tuple([dim.size for dim in message.dim])
+    if len(shape) > _MAX_RANK:
+        raise DataLossError(f"{len(shape)} dimensions, expected at most {_MAX_RANK}")
+    if message.unknown_rank or min(shape, default=0) < 0:
+        raise DataLossError(f"shape {list(shape)} is not fully known")
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise DataLossError(f"shape {list(shape)} has more than {MAX_ELEMENTS} elements")
+    return shape
+
+
+def decode_slice(message: types_pb2.TensorSliceProto, shape: tuple[int, ...]) -> TensorSlice:
+    """The part of a tensor of this shape; DataLossError if it does not lie within."""
+    if len(message.extent) != len(shape):
+        raise DataLossError(f"a slice has {len(message.extent)} dimensions, the tensor has {len(shape)}")
+    part = TensorSlice(
+        tuple([(extent.start, extent.length) if extent.HasField("length") else None for extent in message.extent])
+    )
+    try:
+        part.resolve(shape)
+    except InvalidArgumentError as error:
+        raise DataLossError(str(error)) from error
+    return part

@@ -1,0 +1,110 @@
+"""The index of a bundle: which tensors it holds and where their bytes lie (specification, sections 2.8 and 3).
+
+::
+
+    key ""          BundleHeaderProto: number of shards, byte order, version
+    slice keys      one entry per stored part of a partitioned tensor
+    tensor names    one entry per tensor, in byte order
+
+A slice key is told from a name by the ``slices`` of a full entry that lead to it, never by its first byte.
+Keys are bytes here; ``str`` is a matter of the layers above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from google.protobuf.message import DecodeError
+
+from gpusaver.bundle.coding import printable
+from gpusaver.bundle.entry import Entry, decode_entry, encode_entry
+from gpusaver.bundle.slices import slice_key
+from gpusaver.bundle.table_reader import Table
+from gpusaver.bundle.table_writer import TableWriter
+from gpusaver.bundle.version import VERSION, check_version
+from gpusaver.errors import DataLossError, UnimplementedError
+from gpusaver.protos import tensor_bundle_pb2
+
+__all__ = ["BundleIndex", "Entry", "encode_index"]
+
+_HEADER_KEY = b""
+
+
+class BundleIndex:
+    """The content of an ``.index`` file; ``name`` says in messages which file it is.
+
+    Entries are decoded and checked when asked for.  Any method raises DataLossError if what it meets is damaged.
+    May be used from several threads.
+    """
+
+    def __init__(self, data: bytes | bytearray | memoryview, name: str) -> None:
+        self.name = name
+        self._table = Table(data, name)
+        self._slice_keys: set[bytes] | None = None
+        value = self._table.get(_HEADER_KEY)
+        if value is None:
+            raise DataLossError(f"{name}: a table, but not the index of a checkpoint: it has no header")
+        try:
+            header = tensor_bundle_pb2.BundleHeaderProto.FromString(value)
+        except DecodeError as error:
+            raise DataLossError(f"{name}: its header is not a BundleHeaderProto: {error}") from error
+        self.num_shards = header.num_shards
+        self.big_endian = header.endianness == tensor_bundle_pb2.BundleHeaderProto.BIG
+        #: Serialized; bundles can only be merged if these are equal.
+        self.version = header.version.SerializeToString(deterministic=True)
+        self._check_header(header)
+
+    def _check_header(self, header: tensor_bundle_pb2.BundleHeaderProto) -> None:
+        little, big = tensor_bundle_pb2.BundleHeaderProto.LITTLE, tensor_bundle_pb2.BundleHeaderProto.BIG
+        if header.num_shards < 1 or header.endianness not in (little, big):
+            raise DataLossError(
+                f"{self.name}: header with {header.num_shards} shards and byte order {header.endianness}"
+            )
+        check_version(header.version, self.name)
+
+    def get(self, key: bytes) -> Entry | None:
+        """The entry under a tensor name or a slice key, or None."""
+        value = self._table.get(key) if key != _HEADER_KEY else None
+        return None if value is None else self._decode(key, value)
+
+    def items(self) -> Iterator[tuple[bytes, Entry]]:
+        """All entries as stored, slice keys included, in key order."""
+        for key, value in self._table.items():
+            if key != _HEADER_KEY:
+                yield key, self._decode(key, value)
+
+    def slice_keys(self) -> set[bytes]:
+        """The keys of all stored parts of partitioned tensors."""
+        if self._slice_keys is None:
+            self._slice_keys = {
+                slice_key(name, part) for name, entry in self.items() if entry.slices for part in entry.slices
+            }
+        return self._slice_keys
+
+    def tensors(self) -> Iterator[tuple[bytes, Entry]]:
+        """The tensors a user sees: whole and partitioned ones, in key order; parts have no line of their own."""
+        for key, entry in self.items():
+            # Slice keys begin with a zero byte; without such keys, one pass over the index is enough.
+            if key[0] or key not in self.slice_keys():
+                yield key, entry
+
+    def _decode(self, key: bytes, value: bytes) -> Entry:
+        try:
+            return decode_entry(value, self.num_shards)
+        except (DataLossError, UnimplementedError) as error:
+            raise type(error)(f"{self.name}: index entry of {printable(key)}: {error}") from error
+
+
+def encode_index(num_shards: int, entries: Iterable[tuple[bytes, Entry]]) -> bytes:
+    """The index file with these entries, byte for byte what TensorFlow would write (little-endian, version 1).
+
+    Requires: keys ascend.  Raises InvalidArgumentError for a key that is empty or given twice.
+    """
+    header = tensor_bundle_pb2.BundleHeaderProto(num_shards=num_shards)
+    header.version.producer = VERSION
+    writer = TableWriter()
+    add = writer.add
+    add(_HEADER_KEY, header.SerializeToString(deterministic=True))
+    for key, entry in entries:
+        add(key, encode_entry(entry))
+    return writer.finish()

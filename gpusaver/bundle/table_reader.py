@@ -1,0 +1,215 @@
+"""Reads the table file of a bundle; the picture of its bytes is in :mod:`gpusaver.bundle.table_writer`.
+
+Blocks are looked at when a key in them is asked for, so opening an index of a million names and looking up a few
+touches a few blocks.  Nothing in the file is believed: every offset, length and count is compared with what is there
+before it is used, so that hostile bytes cost time and memory in proportion to their number and raise DataLossError.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import struct
+from collections.abc import Iterator
+
+from gpusaver.bundle.coding import printable, read_varint32, read_varint64
+from gpusaver.bundle.crc import crc32c, mask, unmask
+from gpusaver.bundle.table_writer import FOOTER_NBYTES, MAGIC, PLAIN, SNAPPY, TRAILER_NBYTES
+from gpusaver.errors import DataLossError, UnimplementedError
+
+#: Bytes that the keys of a block may take when written out in full, per byte of the block and on top.  Prefix
+#: compression could otherwise make a small file describe keys without end.
+_KEY_EXPANSION = 32
+_KEY_ALLOWANCE = 1 << 20
+
+_MAX_UNCOMPRESSED_BLOCK = 64 << 20
+
+
+class Table:
+    """The sorted entries of a table file held in ``data``; ``name`` says in messages which file it is.
+
+    Accepts any block size, any restart intervals, and Snappy blocks.  Every block's checksum is verified when it is
+    first read.  Raises DataLossError from any method if the bytes are not a table.  May be used from several threads.
+    """
+
+    def __init__(self, data: bytes | bytearray | memoryview, name: str) -> None:
+        self._data = bytes(data)
+        self._name = name
+        self._blocks: dict[int, _Block] = {}
+        metaindex, index = self._read_footer()
+        self._check_block(*metaindex)
+        self._separators: list[bytes] = []
+        self._handles: list[tuple[int, int]] = []
+        self._read_index_block(*index)
+
+    @property
+    def block_count(self) -> int:
+        return len(self._handles)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value stored under ``key``, or None."""
+        number = bisect.bisect_left(self._separators, key)
+        return self._block(number).get(key) if number < len(self._handles) else None
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """All entries in ascending order of their keys."""
+        last = None
+        for number, upper in enumerate(self._separators):
+            yield from self._block(number).entries(last=last, upper=upper)
+            last = upper
+
+    def _read_footer(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        size = len(self._data)
+        if size < FOOTER_NBYTES:
+            raise self._damage(f"{size} bytes are too short for a table, whose footer alone has {FOOTER_NBYTES}")
+        if self._data[-len(MAGIC) :] != MAGIC:
+            raise self._damage(
+                f"not a table (bad magic number): the last 8 bytes are {self._data[-8:].hex()}, expected "
+                f"{MAGIC.hex()}; the file is cut off or of another kind"
+            )
+        end = size - len(MAGIC)
+        try:
+            *metaindex, position = self._read_handle(self._data, size - FOOTER_NBYTES, end)
+            *index, position = self._read_handle(self._data, position, end)
+        except DataLossError as error:
+            raise self._damage(f"footer: {error}") from error
+        if any(self._data[position:end]):
+            raise self._damage(f"footer: bytes {position} to {end} are not zero")
+        return (metaindex[0], metaindex[1]), (index[0], index[1])
+
+    def _read_handle(self, data: bytes, position: int, limit: int) -> tuple[int, int, int]:
+        """Offset and size of a block, and where the handle ends."""
+        offset, position = read_varint64(data, position, limit)
+        size, position = read_varint64(data, position, limit)
+        if offset + size + TRAILER_NBYTES + FOOTER_NBYTES > len(self._data):
+            raise DataLossError(f"a block of {size} bytes at {offset} reaches beyond the end of the file")
+        return offset, size, position
+
+    def _read_index_block(self, offset: int, size: int) -> None:
+        for key, value in self._read_block(offset, size).entries():
+            try:
+                block_offset, block_size, _ = self._read_handle(value, 0, len(value))
+            except DataLossError as error:
+                raise self._damage(f"index block at {offset}: {error}") from error
+            self._separators.append(key)
+            self._handles.append((block_offset, block_size))
+
+    def _block(self, number: int) -> _Block:
+        block = self._blocks.get(number)
+        if block is None:
+            block = self._blocks[number] = self._read_block(*self._handles[number])
+        return block
+
+    def _read_block(self, offset: int, size: int) -> _Block:
+        kind = self._check_block(offset, size)
+        if kind == PLAIN:
+            return _Block(self._data, offset, offset + size, f"{self._name}: block at {offset}")
+        if kind != SNAPPY:
+            raise self._damage(f"block at {offset} has unknown type {kind}")
+        content = self._uncompress(offset, size)
+        return _Block(content, 0, len(content), f"{self._name}: Snappy block at {offset}")
+
+    def _check_block(self, offset: int, size: int) -> int:
+        """Verifies the checksum of a block and its type, and returns the type."""
+        end = offset + size + 1
+        stored = int.from_bytes(self._data[end : end + 4], "little")
+        actual = crc32c(memoryview(self._data)[offset:end])
+        if stored != mask(actual):
+            raise self._damage(f"block at {offset}: checksum {actual:08x}, expected {unmask(stored):08x}")
+        return self._data[end - 1]
+
+    def _uncompress(self, offset: int, size: int) -> bytes:
+        try:
+            import cramjam
+        except ImportError as error:
+            raise UnimplementedError(
+                f"{self._name}: block at {offset} is Snappy; to read it, pip install 'gpusaver[snappy]'"
+            ) from error
+        stored = self._data[offset : offset + size]
+        nbytes, start = read_varint32(stored, 0, size)
+        # Three bytes of Snappy stand for at most 64.
+        if nbytes > _MAX_UNCOMPRESSED_BLOCK or nbytes * 3 > (size - start) * 64:
+            raise self._damage(f"Snappy block at {offset}: {size} bytes cannot stand for {nbytes}")
+        try:
+            content = bytes(cramjam.snappy.decompress_raw(stored))
+        except cramjam.DecompressionError as error:
+            raise self._damage(f"Snappy block at {offset}: {error}") from error
+        if len(content) != nbytes:
+            raise self._damage(f"Snappy block at {offset}: {len(content)} bytes, expected {nbytes}")
+        return content
+
+    def _damage(self, what: str) -> DataLossError:
+        return DataLossError(f"{self._name}: {what}")
+
+
+class _Block:
+    """Entries between ``start`` and the restart array that ends at ``stop`` in ``data``."""
+
+    def __init__(self, data: bytes, start: int, stop: int, name: str) -> None:
+        self._data = data
+        self._name = name
+        count = int.from_bytes(data[stop - 4 : stop], "little") if stop - start >= 8 else 0
+        if not 0 < count <= (stop - start) // 4 - 1:
+            raise DataLossError(f"{name}: {stop - start} bytes do not hold {count} restarts")
+        end = stop - 4 * (count + 1)
+        restarts = struct.unpack_from(f"<{count}I", data, end)
+        if restarts[0] != 0 or (count > 1 and restarts[-1] >= end - start):
+            raise DataLossError(f"{name}: its restarts lie outside its entries")
+        if any(first >= second for first, second in itertools.pairwise(restarts)):
+            raise DataLossError(f"{name}: its restarts do not ascend")
+        #: Entries from bounds[i] up to bounds[i + 1] form a run whose first key is stored whole.
+        self._bounds = [start + offset for offset in restarts] + [end]
+        self._key_allowance = _KEY_EXPANSION * (stop - start) + _KEY_ALLOWANCE
+
+    def get(self, key: bytes) -> bytes | None:
+        # The key can only be in the last of the runs that do not begin after it.
+        run = bisect.bisect_right(range(len(self._bounds) - 1), key, key=self._first_key) - 1
+        if run >= 0:
+            for found, value in self.entries(run):
+                if found >= key:
+                    return value if found == key else None
+        return None
+
+    def _first_key(self, run: int) -> bytes:
+        return next(self.entries(run), (b"", b""))[0]
+
+    def entries(
+        self, run: int = 0, *, last: bytes | None = None, upper: bytes | None = None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """The entries from a run on.  Checks that all keys are above ``last`` and none is above ``upper``."""
+        data, position = self._data, self._bounds[run]
+        allowance = self._key_allowance
+        for run_end in self._bounds[run + 1 :]:
+            key = b""
+            while position < run_end:
+                at = position
+                if position + 3 <= run_end and (data[position] | data[position + 1] | data[position + 2]) < 128:
+                    shared, unshared, value_nbytes = data[position : position + 3]
+                    position += 3
+                else:
+                    shared, unshared, value_nbytes, position = self._lengths(position, run_end)
+                value_at = position + unshared
+                if shared > len(key) or value_at + value_nbytes > run_end:
+                    raise DataLossError(f"{self._name}: the entry at {at} reaches beyond its key or its block")
+                key = key[:shared] + data[position:value_at]
+                if last is not None and key <= last:
+                    raise DataLossError(f"{self._name}: key {printable(key)!r} follows {printable(last)!r}")
+                allowance -= shared
+                if allowance < 0:
+                    raise DataLossError(f"{self._name}: its keys are too long to be true")
+                last = key
+                position = value_at + value_nbytes
+                yield key, data[value_at:position]
+        if upper is not None and last is not None and last > upper:
+            raise DataLossError(
+                f"{self._name}: key {printable(last)!r} is above {printable(upper)!r}, its block's bound"
+            )
+
+    def _lengths(self, position: int, end: int) -> tuple[int, int, int, int]:
+        try:
+            shared, position = read_varint32(self._data, position, end)
+            unshared, position = read_varint32(self._data, position, end)
+            value_nbytes, position = read_varint32(self._data, position, end)
+        except DataLossError as error:
+            raise DataLossError(f"{self._name}: {error}") from error
+        return shared, unshared, value_nbytes, position

@@ -1,0 +1,210 @@
+"""Which values can be saved, how their bytes are reached, and how a restored value gets back into them.
+
+==============================================  ====================================  ===========================
+value                                           saved                                 restored
+==============================================  ====================================  ===========================
+NumPy, CuPy; any strides and byte order         from its own memory                   into its own memory
+PyTorch, and others with ``__dlpack__``         from its own memory, detached         into its own memory
+``__cuda_array_interface__``, buffer protocol   from its own memory                   into its own memory
+read-only arrays, JAX                           from its own memory                   a new one replaces it
+int, float, complex, bool, NumPy scalars        as a scalar tensor                    a new one replaces it
+str, bytes, and arrays of them                  as a string tensor                    a new one replaces it
+==============================================  ====================================  ===========================
+
+Everything else is a TypeError that names the leaf.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpusaver.device.base import Runtime
+from gpusaver.device.host import HostRuntime
+from gpusaver.tensor import DataType, TensorSpec
+
+HOST = HostRuntime()
+
+
+class Admitted(NamedTuple):
+    """A value that can be saved: where it lives, as what, and how to put a restored one in its place.
+
+    ``array`` is a view on the value's own memory that ``runtime`` understands.  For strings it is None and ``items``
+    has the elements.  ``rebuild`` makes a value of the same kind from an array (strings: a list of bytes) if the
+    value cannot be overwritten; None means that it can.
+    """
+
+    runtime: Runtime
+    array: Any
+    spec: TensorSpec
+    items: list[bytes] | None = None
+    rebuild: Callable[[Any], Any] | None = None
+
+
+def admit(value: Any, name: str, dtype: DataType | None = None) -> Admitted:
+    """Raises TypeError, naming the leaf, for what cannot be stored.
+
+    ``dtype`` is a type that shares its NumPy dtype with another (qint8 is int8 to NumPy); it must fit the array.
+    """
+    if type(value) is np.ndarray:
+        return _from_numpy(value, name, dtype)
+    if isinstance(value, bool | int | float | complex | str | bytes | np.generic):
+        return _from_scalar(value, name, dtype)
+    array, rebuild = _foreign(value, name)
+    if isinstance(array, np.ndarray):
+        admitted = _from_numpy(array, name, dtype or _torch_dtype(value))
+        return admitted._replace(rebuild=rebuild) if rebuild else admitted
+    from gpusaver.device.cuda import cuda_runtime  # only now is CuPy needed
+
+    found = dtype or _torch_dtype(value) or _dtype_of(array.dtype, name)
+    _check_dtype(found, array.dtype, name)
+    return Admitted(cuda_runtime(array.device.id), array, TensorSpec(found, tuple(array.shape)), None, rebuild)
+
+
+def _from_numpy(array: np.ndarray[Any, Any], name: str, dtype: DataType | None) -> Admitted:
+    kind = array.dtype.kind
+    if kind in "OSU":
+        return _from_strings(array, name)
+    found = dtype or _dtype_of(array.dtype, name)
+    if dtype is not None:
+        _check_dtype(found, array.dtype, name)
+    rebuild = None if array.flags.writeable else np.asarray
+    return Admitted(HOST, array, TensorSpec(found, array.shape), None, rebuild)
+
+
+@functools.lru_cache(maxsize=256)
+def _known_dtype(dtype: np.dtype[Any]) -> DataType | None:
+    try:
+        return DataType.from_numpy(dtype)
+    except TypeError:
+        return None
+
+
+def _dtype_of(dtype: np.dtype[Any], name: str) -> DataType:
+    found = _known_dtype(dtype)
+    if found is None:
+        raise TypeError(f"{name}: an array of dtype {dtype} cannot be stored in a checkpoint")
+    return found
+
+
+def _check_dtype(dtype: DataType, actual: np.dtype[Any], name: str) -> None:
+    wanted = dtype.numpy_dtype
+    if actual.newbyteorder("=") != wanted and not (actual.kind in "iu" and actual.itemsize == wanted.itemsize):
+        raise TypeError(f"{name}: declared {dtype.name} (NumPy {wanted}), but the array is {actual}")
+
+
+def _from_scalar(value: Any, name: str, dtype: DataType | None) -> Admitted:
+    if isinstance(value, str | bytes):
+        is_text = isinstance(value, str)
+        item = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else bytes(value)
+
+        def rebuild_text(items: Sequence[bytes]) -> str | bytes:
+            return items[0].decode("utf-8", "surrogateescape") if is_text else items[0]
+
+        return Admitted(HOST, None, TensorSpec(DataType.string, ()), [item], rebuild_text)
+    if isinstance(value, np.generic):
+        array = np.asarray(value)
+        if array.dtype.kind in "OMmV" and _known_dtype(array.dtype) is None:
+            raise TypeError(f"{name}: a scalar of dtype {array.dtype} cannot be stored in a checkpoint")
+        found = dtype or _dtype_of(array.dtype, name)
+        return Admitted(HOST, array, TensorSpec(found, ()), None, lambda restored: restored[()])
+    # bool first: it is an int to Python.
+    kind = next(kind for kind in (bool, int, float, complex) if isinstance(value, kind))
+    scalar = {bool: np.bool_, int: np.int64, float: np.float64, complex: np.complex128}[kind]
+    try:
+        array = np.array(value, dtype=scalar)
+    except OverflowError as error:
+        raise OverflowError(f"{name}: {value} does not fit int64, the type a Python int is stored as") from error
+    return Admitted(HOST, array, TensorSpec(DataType.from_numpy(array.dtype), ()), None, lambda a: kind(a[()]))
+
+
+def _from_strings(array: np.ndarray[Any, Any], name: str) -> Admitted:
+    items: list[bytes] = []
+    texts = 0
+    for item in array.reshape(-1).tolist():
+        if isinstance(item, str):
+            texts += 1
+            items.append(item.encode("utf-8", "surrogateescape"))
+        elif isinstance(item, bytes):
+            items.append(item)
+        else:
+            raise TypeError(
+                f"{name}: an array of Python objects can be stored only if all are str or bytes; "
+                f"one is {type(item).__name__}"
+            )
+    is_text = texts > 0
+    if texts and texts != len(items):
+        raise TypeError(f"{name}: an array of both str and bytes would not come back as it was")
+
+    def rebuild(restored: Sequence[bytes]) -> np.ndarray[Any, Any]:
+        decoded: Sequence[Any] = [s.decode("utf-8", "surrogateescape") for s in restored] if is_text else restored
+        if array.dtype.kind in "SU":
+            return np.array(decoded, dtype=array.dtype.kind).reshape(array.shape)
+        result = np.empty(len(decoded), dtype=object)
+        result[:] = decoded
+        return result.reshape(array.shape)
+
+    return Admitted(HOST, None, TensorSpec(DataType.string, array.shape), items, rebuild)
+
+
+def _foreign(value: Any, name: str) -> tuple[Any, Callable[[Any], Any] | None]:
+    """``value`` as a NumPy or CuPy array on the same memory, and how to rebuild it if it must not be written."""
+    library = type(value).__module__.partition(".")[0]
+    if library == "cupy":
+        return value, None
+    if isinstance(value, np.ndarray):  # a subclass, such as memmap
+        return np.asarray(value), None
+    if library == "torch":
+        return _from_torch(value), None
+    if library in ("jax", "jaxlib"):
+        jax = sys.modules["jax"]
+
+        def rebuild(restored: Any) -> Any:
+            return jax.device_put(restored, value.sharding)
+
+        return np.asarray(value), rebuild
+    if hasattr(value, "__cuda_array_interface__"):
+        from gpusaver.device.cuda import from_cuda_array_interface
+
+        return from_cuda_array_interface(value), None
+    if hasattr(value, "__dlpack__"):
+        return _from_dlpack(value), None
+    try:
+        return np.asarray(memoryview(value)), None
+    except TypeError:
+        raise TypeError(
+            f"{name}: {type(value).__name__} cannot be stored in a checkpoint; expected an array, a Variable, "
+            "a number, str, bytes, or dicts and lists of these"
+        ) from None
+
+
+def _from_dlpack(value: Any) -> Any:
+    device_type, _ = value.__dlpack_device__()
+    if device_type in (1, 3):  # kDLCPU, kDLCUDAHost
+        return np.from_dlpack(value)
+    from gpusaver.device.cuda import from_dlpack
+
+    return from_dlpack(value)
+
+
+def _torch_dtype(value: Any) -> DataType | None:
+    """The type of a PyTorch tensor whose dtype NumPy lacks; it travels as integers of the same width."""
+    if type(value).__module__.partition(".")[0] != "torch":
+        return None
+    return DataType.__members__.get(str(value.dtype).removeprefix("torch."))
+
+
+def _from_torch(value: Any) -> Any:
+    torch = sys.modules["torch"]
+    tensor = value.detach()
+    dtype = _torch_dtype(value)
+    is_extension = dtype is not None and dtype.numpy_dtype.isbuiltin != 1  # bfloat16, float8: not NumPy's own
+    if dtype is not None and is_extension:
+        tensor = tensor.view({1: torch.uint8, 2: torch.int16}[dtype.itemsize])
+    if tensor.device.type != "cpu":
+        return _from_dlpack(tensor)
+    return tensor.numpy().view(dtype.numpy_dtype) if dtype is not None and is_extension else tensor.numpy()

@@ -1,0 +1,65 @@
+"""The seam between gpusaver and whatever holds the arrays: the host's memory, or one device's.
+
+A runtime turns parts of arrays into host bytes and back.  Everything above it deals in pieces and slots, and never
+asks what kind of array it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from gpusaver.tensor import TensorSpec
+
+
+class Event(Protocol):
+    """Something that will have happened: a copy to or from a slot."""
+
+    def synchronize(self) -> None:
+        """Blocks until it has, GIL free; raises if it failed."""
+
+
+class Transfer(NamedTuple):
+    """``nbytes`` bytes of ``array`` (of its row-major form, from byte ``start``) against ``offset`` of a slot."""
+
+    array: Any
+    start: int
+    offset: int
+    nbytes: int
+
+
+class Runtime(Protocol):
+    """One place where arrays live.  Methods may be called from any thread unless they say otherwise.
+
+    The arrays handed to it are those that :func:`gpusaver.device.admit` returned for it.
+    """
+
+    #: "cpu:0", or "cuda:0" and so on.
+    name: str
+    #: Alignment of small tensors in a data file that suits this runtime's copies.
+    small_alignment: int
+
+    def order_after_caller(self, arrays: Sequence[Any]) -> None:
+        """Later copies see all work that the calling thread has queued so far.  Call it in the caller's thread."""
+
+    def order_caller_after(self) -> None:
+        """Work that the calling thread queues from now on sees all copies queued so far (restores)."""
+
+    def snapshot(self, arrays: Sequence[Any], memory: Any | None) -> tuple[list[Any], Any]:
+        """Copies of the arrays as they are now, in order of the caller's work, and the memory that holds them.
+
+        ``memory`` is what an earlier call returned, reused if it suffices.  Call it in the caller's thread.
+        Raises ResourceExhaustedError, before anything is copied, if there is not enough memory.
+        """
+
+    def view(self, array: Any, start: int, nbytes: int) -> memoryview | None:
+        """The bytes themselves, writable if the array is, where the host can address them in place; else None."""
+
+    def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+        """Copies the parts into the slot; they are there when the event has happened (None: already)."""
+
+    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+        """Copies from the slot into the arrays; the slot may be reused when the event has happened (None: already)."""
+
+    def empty(self, spec: TensorSpec) -> Any:
+        """A new array in this place."""

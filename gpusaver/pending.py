@@ -1,0 +1,135 @@
+"""A save under way, as its caller sees it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import enum
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gpusaver.errors import CancelledError
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What a finished save did.  Times are seconds since the call.
+
+    ``capture`` is the mode used and ``reason`` why; ``captured_seconds``: when the arrays could be changed;
+    ``durable_seconds``: when the checkpoint was on stable storage.
+    """
+
+    prefix: str
+    tensors: int
+    nbytes: int
+    capture: str
+    reason: str
+    captured_seconds: float
+    durable_seconds: float
+
+
+class _State(enum.Enum):
+    """WORKING -> COMMITTING -> DONE, or WORKING -> CANCELLING -> DONE: a commit under way is not cancelled."""
+
+    WORKING = enum.auto()
+    CANCELLING = enum.auto()
+    COMMITTING = enum.auto()
+    DONE = enum.auto()
+
+
+class PendingSave:
+    """Like :class:`concurrent.futures.Future`; the result is the prefix.  Methods may be called from any thread."""
+
+    def __init__(self, prefix: str, capture: str, reason: str) -> None:
+        self.prefix = prefix
+        self.capture = capture
+        self.reason = reason
+        self.report: SaveReport | None = None
+        self.cancel_requested = threading.Event()
+        self._captured = threading.Event()
+        self._captured_at = 0.0
+        self._started_at = time.perf_counter()
+        self._future: concurrent.futures.Future[str] = concurrent.futures.Future()
+        self._state = _State.WORKING
+        self._lock = threading.Lock()
+        self._delivered = False
+
+    def result(self, timeout: float | None = None) -> str:
+        """The prefix, when the checkpoint is durable; raises the save's error, or TimeoutError after ``timeout`` s."""
+        try:
+            prefix = self._future.result(timeout)
+        except BaseException:
+            self._delivered = self._delivered or self._future.done()
+            raise
+        return prefix
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The save's error, or None; waits for the end of the save."""
+        error = self._future.exception(timeout)
+        self._delivered = True
+        return error
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def cancelled(self) -> bool:
+        return self.done() and isinstance(self._future.exception(), CancelledError)
+
+    def cancel(self) -> bool:
+        """Asks the save to stop; True if it will not be committed (then :meth:`result` raises CancelledError)."""
+        with self._lock:
+            if self._state is _State.WORKING:
+                self._state = _State.CANCELLING
+                self.cancel_requested.set()
+            return self._state is _State.CANCELLING or self.cancelled()
+
+    def add_done_callback(self, function: Callable[[PendingSave], object]) -> None:
+        """Calls ``function(self)`` when the save has ended, at once if it has."""
+        self._future.add_done_callback(lambda _: function(self))
+
+    def wait_captured(self, timeout: float | None = None) -> bool:
+        """Blocks until the variables may be changed, or the save has ended; False after ``timeout`` seconds."""
+        return self._captured.wait(timeout)
+
+    def fence(self, stream: Any = None) -> None:
+        """Returns when the variables may be changed; raises the save's error if it failed before.
+
+        ``stream`` (a CuPy stream, or anything with ``__cuda_stream__``) is where the changing work will be queued.
+        The copies of this runtime have finished on the host's clock by then, so any stream will do.
+        """
+        self._captured.wait()
+        if self._future.done() and self._future.exception() is not None:
+            self.result()
+
+    # Called by the Saver.
+
+    def mark_captured(self) -> None:
+        self._captured_at = time.perf_counter()
+        self._captured.set()
+
+    def begin_commit(self) -> None:
+        """Raises CancelledError if a cancel came first; none can come later."""
+        with self._lock:
+            if self._state is _State.CANCELLING:
+                raise CancelledError("the save was cancelled before it was committed")
+            self._state = _State.COMMITTING
+
+    def finish(self, tensors: int, nbytes: int) -> None:
+        captured = self._captured_at - self._started_at
+        durable = time.perf_counter() - self._started_at
+        self.report = SaveReport(self.prefix, tensors, nbytes, self.capture, self.reason, captured, durable)
+        self._state = _State.DONE
+        self._future.set_result(self.prefix)
+
+    def fail(self, error: BaseException) -> None:
+        self._state = _State.DONE
+        self._future.set_exception(error)
+        self._captured.set()
+
+    def undelivered_error(self) -> BaseException | None:
+        """Waits for the end of the save; its error if nobody has seen it yet (seen from now on)."""
+        was_delivered = self._delivered
+        error = self.exception()
+        return None if was_delivered else error

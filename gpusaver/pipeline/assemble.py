@@ -1,0 +1,193 @@
+"""From tensors that are wanted to ranges of bytes that are read, and back together.
+
+Most tensors are one range, read straight into their array.  Tensors stored in slices are read slice by slice into
+views of the array.  What does not lie in the file as it is wanted is read into host memory first: strings, slices of
+which only a part is wanted, and big-endian bundles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpusaver.bundle.coding import printable
+from gpusaver.bundle.crc import unmask
+from gpusaver.bundle.filenames import data_path
+from gpusaver.bundle.index import BundleIndex, Entry
+from gpusaver.bundle.slices import check_tiling, intersect, slice_key
+from gpusaver.bundle.strings import decode_strings
+from gpusaver.device import HOST, Runtime, Transfer
+from gpusaver.device.host import byte_view
+from gpusaver.errors import DataLossError, OutOfRangeError, UnimplementedError
+from gpusaver.pipeline.restore import Read, read_entries
+from gpusaver.pipeline.workers import Slots
+from gpusaver.storage.base import ReadableFile, Storage
+from gpusaver.tensor import DataType, TensorSlice, TensorSpec
+
+_MAX_RANK = 64  # NumPy's
+
+
+class Target(NamedTuple):
+    """Where a tensor, or the wanted part of one, goes: an array of its shape, and the runtime that writes it.
+
+    ``in_place``: the array is the user's own memory, so that an error must say if it was touched.
+    """
+
+    name: str
+    runtime: Runtime
+    array: Any
+    in_place: bool
+
+
+class Assembly:
+    """The reads of one restore.  Plan with ``add_...``; then :meth:`run`, which checks and moves everything."""
+
+    def __init__(self, index: BundleIndex, prefix: str, storage: Storage) -> None:
+        self._index = index
+        self._prefix = prefix
+        self._storage = storage
+        self._reads: list[Read] = []
+        self._finish: list[Callable[[], None]] = []
+
+    def add_tensor(self, key: bytes, entry: Entry, target: Target, wanted: TensorSlice | None = None) -> None:
+        """``wanted``: the part of the stored tensor that the target takes (None: all of it)."""
+        if not entry.slices:
+            self._add_stored(entry, target, wanted, TensorSlice.full(len(entry.spec.shape)), entry.spec.shape)
+            return
+        shape = entry.spec.shape
+        goal = wanted or TensorSlice.full(len(shape))
+        check_tiling(key, shape, entry.slices, goal)
+        for part in entry.slices:
+            common = intersect(part, goal, shape)
+            if common is None:
+                continue
+            stored = self._stored_slice(key, entry, part)
+            place = target._replace(array=cut(target.array, _relative(common, goal, shape)))
+            inside = None if common.resolve(shape) == part.resolve(shape) else common
+            self._add_stored(stored, place, inside, part, shape)
+
+    def _stored_slice(self, key: bytes, entry: Entry, part: TensorSlice) -> Entry:
+        stored = self._index.get(slice_key(key, part))
+        expected = TensorSpec(entry.spec.dtype, part.shape(entry.spec.shape))
+        if stored is None or stored.spec != expected or stored.slices:
+            found = "nothing" if stored is None else str(stored.spec)
+            raise DataLossError(
+                f"{self._prefix}.index: slice {part} of tensor {printable(key)}: expected {expected}, found {found}"
+            )
+        return stored
+
+    def _add_stored(
+        self, entry: Entry, target: Target, wanted: TensorSlice | None, part: TensorSlice, shape: tuple[int, ...]
+    ) -> None:
+        """Reads one entry, which holds ``part`` of a tensor of ``shape``; ``wanted``: only this of it."""
+        swap = self._index.big_endian and entry.spec.dtype.swap_width > 1
+        if wanted is None and not swap:
+            self._reads.append(Read(entry, target.runtime, target.array, target.name, target.in_place))
+            return
+        self._check_length(entry, target.name)
+        memory = np.empty(entry.spec.shape, entry.spec.dtype.numpy_dtype)
+        self._reads.append(Read(entry, HOST, memory, target.name, in_place=False))
+
+        def finish() -> None:
+            if swap:
+                octets = np.frombuffer(byte_view(memory), np.uint8)
+                octets.view(f"u{entry.spec.dtype.swap_width}").byteswap(inplace=True)
+            upload(target, memory if wanted is None else cut(memory, _relative(wanted, part, shape)))
+
+        self._finish.append(finish)
+
+    def add_strings(self, name: str, entry: Entry, deliver: Callable[[list[bytes]], None]) -> None:
+        """``deliver`` gets the elements of a string tensor, row-major, once everything has been verified."""
+        if entry.slices:
+            raise UnimplementedError(f"tensor {name}: string tensors stored in slices cannot be put together")
+        self._check_length(entry, name)
+        memory = np.empty(entry.nbytes, np.uint8)
+        self._reads.append(Read(entry, HOST, memory, name, in_place=False, checked=False))
+        count, big_endian = entry.spec.num_elements, self._index.big_endian
+        where = f"{name} in {data_path(self._prefix, entry.shard, self._index.num_shards)}"
+
+        def finish() -> None:
+            deliver(decode_strings(memory.data, count, where, unmask(entry.crc), big_endian=big_endian))
+
+        # Strings first: they can still find damage, and then nothing else has been changed.
+        self._finish.insert(0, finish)
+
+    def run(self, slots: Slots, threads: int, *, verify_first: bool = False) -> None:
+        """Reads and verifies everything, then delivers.
+
+        With ``verify_first`` all is read once before anything is written.  Raises DataLossError (``modified`` names the
+        targets already touched), OutOfRangeError and NotFoundError for data files that are short or missing.
+        """
+        files: dict[int, ReadableFile] = {}
+        with contextlib.ExitStack() as stack:
+            for shard in sorted({read.entry.shard for read in self._reads if read.entry.nbytes}):
+                files[shard] = self._storage.open(self._data_path(shard))
+                stack.callback(files[shard].close)
+            for read in self._reads:
+                self._check_length(read.entry, read.name, files)
+            for keep in (False, True) if verify_first else (True,):
+                read_entries(self._reads, files, slots, threads, describe=self._data_path, keep=keep)
+        for finish in self._finish:
+            finish()
+
+    def _data_path(self, shard: int) -> str:
+        return data_path(self._prefix, shard, self._index.num_shards)
+
+    def _check_length(self, entry: Entry, name: str, files: dict[int, ReadableFile] | None = None) -> None:
+        """Before memory is allocated, or a byte written, for what is not there."""
+        if not entry.nbytes:
+            return
+        path = self._data_path(entry.shard)
+        file = files[entry.shard] if files is not None else self._storage.open(path)
+        try:
+            if entry.offset + entry.nbytes > file.size:
+                raise OutOfRangeError(
+                    f"{path} has {file.size} bytes, but tensor {name} lies at offset {entry.offset} and has "
+                    f"{entry.nbytes}: the file was cut short. Restore an older checkpoint"
+                )
+        finally:
+            if files is None:
+                file.close()
+
+    def check_lengths(self, entries: Sequence[tuple[str, Entry]]) -> None:
+        """For callers that allocate the targets: raises OutOfRangeError for entries beyond the end of their files."""
+        files: dict[int, ReadableFile] = {}
+        with contextlib.ExitStack() as stack:
+            for name, entry in entries:
+                if entry.nbytes and entry.shard not in files:
+                    files[entry.shard] = self._storage.open(self._data_path(entry.shard))
+                    stack.callback(files[entry.shard].close)
+                self._check_length(entry, name, files)
+
+
+def _relative(inner: TensorSlice, outer: TensorSlice, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Indexes ``inner`` within an array that holds ``outer``."""
+    pairs = zip(inner.resolve(shape), outer.resolve(shape), strict=True)
+    return tuple(slice(start - base, start - base + length) for (start, length), (base, _) in pairs)
+
+
+def cut(array: Any, index: tuple[slice, ...]) -> Any:
+    """A view of a part of an array, also of a scalar (which plain indexing would turn into a value)."""
+    return array[(*index, ...)]
+
+
+def upload(target: Target, values: Any) -> None:
+    """Copies a host array of the target's shape into it."""
+    contiguous = np.ascontiguousarray(values)
+    if not contiguous.nbytes:
+        return
+    event = target.runtime.from_slot([Transfer(target.array, 0, 0, contiguous.nbytes)], byte_view(contiguous))
+    if event is not None:
+        event.synchronize()
+
+
+def allocate(name: str, spec: TensorSpec, runtime: Runtime) -> Target:
+    """A target of its own for a tensor of fixed-size type."""
+    if spec.dtype in (DataType.variant, DataType.string):
+        raise UnimplementedError(f"tensor {name}: gpusaver lists {spec.dtype.name} tensors but has no array for them")
+    if len(spec.shape) > _MAX_RANK:
+        raise UnimplementedError(f"tensor {name} has {len(spec.shape)} dimensions; NumPy has at most {_MAX_RANK}")
+    return Target(name, runtime, runtime.empty(spec), in_place=False)

@@ -1,0 +1,89 @@
+"""The bytes of one chunk as buffers, for one vectored write or read.
+
+::
+
+    chunk        | large piece      |gap| small | small |gap| large piece      |
+    buffers      | the array itself | z | slot          | z | the array itself |     vectored
+    buffers      | slot                                                        |     staged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpusaver.bundle.crc import combine
+from gpusaver.bundle.layout import Chunk, Piece
+
+#: Pieces below this are copied through a slot: a buffer of its own costs a system call more than the copy.
+IN_PLACE_NBYTES = 64 * 1024
+
+CHUNK_NBYTES = 8 * 1024 * 1024
+
+
+def vectored_buffers(
+    chunk: Chunk, views: Sequence[memoryview | None], slot: memoryview | None, filler: memoryview
+) -> list[memoryview]:
+    """Buffers that make up the chunk: a piece's view, or its place in the slot where it has none.
+
+    ``filler`` stands for gaps.  Requires: ``slot`` unless every piece has a view.
+    """
+    buffers: list[memoryview] = []
+    slot_start = slot_end = position = 0
+    for piece, view in zip(chunk.pieces, views, strict=True):
+        offset = piece.offset
+        if offset != position or view is not None:
+            if slot is not None and slot_end > slot_start:
+                buffers.append(slot[slot_start:slot_end])
+            while position < offset:
+                gap = filler[: offset - position]
+                buffers.append(gap)
+                position += gap.nbytes
+            slot_start = slot_end = offset
+        position = offset + piece.nbytes
+        if view is not None:
+            buffers.append(view)
+            slot_start = slot_end = position
+        else:
+            slot_end = position
+    if slot is not None and slot_end > slot_start:
+        buffers.append(slot[slot_start:slot_end])
+    return buffers
+
+
+def zero_gaps(chunk: Chunk, slot: memoryview, nbytes: int) -> None:
+    """Clears what no piece covers in the first ``nbytes`` of a reused slot: old bytes must not reach the file."""
+    position = 0
+    for piece in chunk.pieces:
+        if piece.offset > position:
+            slot[position : piece.offset] = bytes(piece.offset - position)
+        position = piece.offset + piece.nbytes
+    if position < nbytes:
+        slot[position:nbytes] = bytes(nbytes - position)
+
+
+class Checksums:
+    """Checksums of tensors whose pieces arrive in any order from any thread (unmasked)."""
+
+    def __init__(self, nbytes: Sequence[int]) -> None:
+        self._nbytes = nbytes
+        self._whole: dict[int, int] = {}
+        self._parts: dict[int, list[tuple[int, int, int]]] = {}
+
+    def add(self, piece: Piece, crc: int) -> int | None:
+        """Takes note of a piece; returns the tensor's checksum if the piece is all of it."""
+        tensor, start, _, nbytes = piece
+        if nbytes == self._nbytes[tensor]:
+            self._whole[tensor] = crc
+            return crc
+        self._parts.setdefault(tensor, []).append((start, nbytes, crc))
+        return None
+
+    def finished(self) -> dict[int, int]:
+        """By tensor, once every piece of it has been added; tensors without bytes are not in it."""
+        for tensor, parts in self._parts.items():
+            crc = 0
+            for _, nbytes, part in sorted(parts):
+                crc = combine(crc, part, nbytes)
+            self._whole[tensor] = crc
+        self._parts.clear()
+        return self._whole

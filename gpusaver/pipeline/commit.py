@@ -1,0 +1,97 @@
+"""Making a bundle appear whole, or not at all.
+
+::
+
+    data files under temporary names, space reserved       nothing visible
+    ... written by the pipeline ...
+    data files synced; index written under a temporary name, synced
+    data files renamed; directory synced                    still no checkpoint: there is no index
+    index renamed                                           <- the commit point
+    directory synced                                        durable
+    data files of the checkpoint that was there before: removed
+
+A prefix that exists already keeps its old files until the commit: a bundle of N shards is replaced by one of N + 1 (or
+back), the surplus shards empty, so that old and new data files never share a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Sequence
+
+from gpusaver.bundle.filenames import data_path, index_path, is_data_of, split_data_path, temporary_path
+from gpusaver.errors import Error
+from gpusaver.storage.base import Storage, WritableFile
+
+#: Below this size O_DIRECT saves nothing: the page cache takes it in milliseconds.
+DIRECT_MIN_NBYTES = 64 * 1024 * 1024
+
+
+class BundleCommit:
+    """The files of one save under way.  Methods are called from one thread at a time.
+
+    ``direct``: None asks the storage what suits the directory; True or False decides.
+    """
+
+    def __init__(self, storage: Storage, prefix: str, shard_nbytes: Sequence[int], *, direct: bool | None) -> None:
+        self._storage = storage
+        self._prefix = prefix
+        self._directory, base = os.path.split(prefix)
+        self._token = secrets.token_hex(8)
+        self._old = [name for name in storage.list(self._directory) if is_data_of(name, base)]
+        taken = {found[2] for found in map(split_data_path, self._old) if found is not None}
+        self.num_shards = next(
+            n for n in range(len(shard_nbytes), len(shard_nbytes) + len(taken) + 1) if n not in taken
+        )
+        self._finals = [data_path(prefix, shard, self.num_shards) for shard in range(self.num_shards)]
+        self.files: list[WritableFile] = []
+        self._renamed: list[str] = []
+        sizes = [*shard_nbytes, *[0] * (self.num_shards - len(shard_nbytes))]
+        try:
+            for path, nbytes in zip(self._finals, sizes, strict=True):
+                is_direct = nbytes >= DIRECT_MIN_NBYTES if direct is None else direct and nbytes > 0
+                if is_direct and direct is None:
+                    is_direct = storage.prefers_direct(self._directory)
+                self.files.append(storage.create(self._temporary(path), nbytes, direct=is_direct))
+        except BaseException:
+            self.abort()
+            raise
+
+    def _temporary(self, path: str) -> str:
+        return temporary_path(path, self._token)
+
+    def publish(self, index: bytes) -> None:
+        """Makes the bundle durable and visible.  If it raises, the prefix is as it was; then call :meth:`abort`."""
+        storage, final_index = self._storage, index_path(self._prefix)
+        for file in self.files:
+            file.sync()
+            file.close()
+        index_file = storage.create(self._temporary(final_index), len(index))
+        self.files.append(index_file)
+        index_file.write_at(0, [memoryview(index)])
+        index_file.sync()
+        index_file.close()
+        for path in self._finals:
+            storage.replace(self._temporary(path), path)
+            self._renamed.append(path)
+        storage.sync_directory(self._directory)
+        storage.replace(self._temporary(final_index), final_index)
+        # From here on the new checkpoint is the one that readers see: it must not be taken away again.
+        self._renamed.clear()
+        self.files.clear()
+        storage.sync_directory(self._directory)
+        for name in self._old:
+            with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
+                storage.remove(os.path.join(self._directory, name))
+
+    def abort(self) -> None:
+        """Removes what was written.  Never raises; does nothing after the commit."""
+        for file in self.files:
+            file.abort()
+        for path in self._renamed:
+            with contextlib.suppress(Error):
+                self._storage.remove(path)
+        self.files.clear()
+        self._renamed.clear()

@@ -1,0 +1,115 @@
+"""Threads that work off a list of jobs, and the memory they do it in.
+
+Threads are not daemons and live only while :func:`work_off` runs: an idle one would hang the interpreter's exit, and
+none can be started during it (then the calling thread does all the work).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from gpusaver.device.host import allocate_pages
+from gpusaver.errors import CancelledError
+
+Job = TypeVar("Job")
+
+
+class Slots:
+    """At most ``count`` page-aligned buffers of ``nbytes`` bytes, made when first needed and kept for reuse.
+
+    A thread borrows one at a time.  As many as there are workers suffice: nobody ever waits for one.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._free: list[memoryview] = []
+
+    def borrow(self) -> memoryview:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return allocate_pages(self.nbytes).data
+
+    def give_back(self, slot: memoryview) -> None:
+        self._free.append(slot)
+
+    def close(self) -> None:
+        """Frees the memory of every slot that is not lent."""
+        self._free.clear()
+
+
+class LazySlot:
+    """The slot of one worker, borrowed when the first job needs one."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._slot: memoryview | None = None
+
+    def get(self) -> memoryview:
+        if self._slot is None:
+            self._slot = self._slots.borrow()
+        return self._slot
+
+    def close(self) -> None:
+        if self._slot is not None:
+            self._slots.give_back(self._slot)
+            self._slot = None
+
+
+def work_off(
+    jobs: Iterable[Job],
+    work: Callable[[Job, LazySlot], None],
+    slots: Slots,
+    threads: int,
+    cancelled: threading.Event | None = None,
+) -> None:
+    """Calls ``work(job, slot)`` for every job, from ``threads`` threads, the calling one among them.
+
+    Returns when all are done.  The first error stops the others at their next job and is raised when all threads have
+    ended; CancelledError if ``cancelled`` was set before the last job was taken.
+    """
+    pending = iter(jobs)
+    lock = threading.Lock()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        slot = LazySlot(slots)
+        try:
+            for job in _share(pending, lock, errors, cancelled):
+                work(job, slot)
+        except BaseException as error:  # raised below, in the caller's thread
+            errors.append(error)
+        finally:
+            slot.close()
+
+    helpers = []
+    for number in range(threads - 1):
+        helper = threading.Thread(target=run, name=f"gpusaver-worker-{number}")
+        try:
+            helper.start()
+        except RuntimeError:  # the interpreter is shutting down, or the system is out of threads
+            break
+        helpers.append(helper)
+    run()
+    for helper in helpers:
+        helper.join()
+    if errors:
+        raise errors[0]
+
+
+def _share(
+    jobs: Iterator[Job], lock: threading.Lock, errors: list[BaseException], cancelled: threading.Event | None
+) -> Iterator[Job]:
+    while True:
+        with lock:
+            if errors:
+                return
+            try:
+                job = next(jobs)
+            except StopIteration:
+                return
+        if cancelled is not None and cancelled.is_set():
+            raise CancelledError("the save was cancelled before it was committed")
+        yield job

@@ -1,0 +1,245 @@
+"""Restoring variables: everything is compared before a byte is written, and every complaint comes in one error."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpusaver.device import Admitted, Runtime, admit
+from gpusaver.device.host import byte_bounds
+from gpusaver.errors import Error, InvalidArgumentError, NotFoundError
+from gpusaver.pipeline.assemble import Target
+from gpusaver.pipeline.workers import Slots
+from gpusaver.reader import CheckpointReader, TensorRead
+from gpusaver.tensor import DataType, TensorSpec
+from gpusaver.variables import Leaf
+
+_log = logging.getLogger("gpusaver")
+
+#: Looking for near matches is quadratic; a message needs no more than these.
+_MAX_SUGGESTIONS = 20
+
+
+class RestoreReport:
+    """What a restore did.  All but ``values`` are sorted lists of names.
+
+    ``restored``: variables that now hold the stored values; ``missing``: not in the checkpoint, left as they were
+    (``partial``); ``skipped``: there with another shape or dtype, left as they were (``partial="shapes"``);
+    ``unexpected``: in the checkpoint, but wanted by no variable; ``values``: name -> new value for those that could
+    not be overwritten and were replaced in their container.
+    """
+
+    def __init__(
+        self, reader: CheckpointReader, restored: Sequence[str], missing: Sequence[str], skipped: Sequence[str]
+    ) -> None:
+        self.restored = list(restored)
+        self.missing = list(missing)
+        self.skipped = list(skipped)
+        self.values: dict[str, Any] = {}
+        self._reader = reader
+
+    @functools.cached_property
+    def unexpected(self) -> list[str]:
+        wanted = {*self.restored, *self.skipped}
+        wanted |= {self._reader.stored_name(name) for name in wanted}
+        return [name for name in self._reader if name not in wanted]
+
+    def __repr__(self) -> str:
+        return (
+            f"<gpusaver.RestoreReport restored={len(self.restored)} missing={len(self.missing)} "
+            f"skipped={len(self.skipped)} replaced={len(self.values)}>"
+        )
+
+
+class _Match(NamedTuple):
+    leaf: Leaf
+    admitted: Admitted
+    stored: TensorSpec
+
+
+def restore_leaves(
+    leaves: Sequence[Leaf],
+    reader: CheckpointReader,
+    slots: Slots,
+    threads: int,
+    *,
+    partial: bool | str,
+    reshape: bool,
+    verify_first: bool,
+) -> RestoreReport:
+    """See :meth:`gpusaver.Saver.restore`."""
+    matches, missing, mismatched = _match(leaves, reader, reshape)
+    _complain(reader, len(leaves), matches, missing, mismatched, partial)
+    _check_targets(matches, reader)
+    skipped = [name for name, _ in mismatched]
+    report = RestoreReport(reader, sorted({match.leaf.name for match in matches}), missing, skipped)
+    read = TensorRead(reader)
+    for match in matches:
+        _plan(read, match, report.values)
+    runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
+    for runtime in runtimes.values():
+        runtime.order_after_caller([m.admitted.array for m in matches if m.admitted.runtime is runtime])
+    read.run(slots, threads, verify_first=verify_first)
+    for runtime in runtimes.values():
+        runtime.order_caller_after()
+    return report
+
+
+def _match(
+    leaves: Sequence[Leaf], reader: CheckpointReader, reshape: bool
+) -> tuple[list[_Match], list[str], list[tuple[str, str]]]:
+    """What fits, the names that are missing, and (name, complaint) for those that do not fit."""
+    matches: list[_Match] = []
+    missing: list[str] = []
+    mismatched: list[tuple[str, str]] = []
+    for leaf in leaves:
+        stored = reader.find(leaf.name)
+        if stored is None:
+            missing.append(leaf.name)
+            continue
+        admitted = admit(leaf.value, leaf.name, leaf.dtype)
+        dtype = admitted.spec.dtype
+        shape = admitted.spec.shape if leaf.part is None else leaf.part.full_shape
+        fits_reshaped = reshape and leaf.part is None and math.prod(shape) == math.prod(stored.shape)
+        if dtype != stored.dtype:
+            complaint = f"expected dtype {dtype.name} does not equal original dtype {stored.dtype.name}"
+            mismatched.append((leaf.name, f"tensor_name = {leaf.name}; {complaint}"))
+        elif shape != stored.shape and not fits_reshaped:
+            complaint = f"expected shape {list(shape)} does not equal stored shape {list(stored.shape)}"
+            mismatched.append((leaf.name, f"tensor_name = {leaf.name}; {complaint}"))
+        else:
+            matches.append(_Match(leaf, admitted, stored))
+    return matches, list(dict.fromkeys(missing)), list(dict(mismatched).items())
+
+
+def _complain(
+    reader: CheckpointReader,
+    wanted: int,
+    matches: Sequence[_Match],
+    missing: Sequence[str],
+    mismatched: Sequence[tuple[str, str]],
+    partial: bool | str,
+) -> None:
+    if partial not in (False, True, "shapes"):
+        raise ValueError(f"partial: expected False, True or 'shapes', found {partial!r}")
+    is_missing = bool(missing) and not partial
+    is_mismatched = bool(mismatched) and partial != "shapes"
+    if not is_missing and not is_mismatched:
+        if matches or not wanted:
+            return
+        is_missing, is_mismatched = bool(missing), bool(mismatched)
+    lines = [f"Restoring from checkpoint {reader.prefix} failed; no variable was changed."]
+    if is_missing:
+        lines.append(f"Not found in checkpoint ({len(missing)} of {wanted} variables):")
+        lines += _with_suggestions(missing, reader)
+    if is_mismatched:
+        lines.append("Stored otherwise, a mismatch between the variables and the checkpoint:")
+        lines += [f"  {complaint}" for _, complaint in mismatched]
+    if is_missing and not partial:
+        lines.append(
+            "partial=True skips variables that are not in the checkpoint; a dict {stored name: variable} renames."
+        )
+    kind: type[Error] = NotFoundError if is_missing else InvalidArgumentError
+    raise kind("\n".join(lines))
+
+
+def _with_suggestions(missing: Iterable[str], reader: CheckpointReader) -> list[str]:
+    names = list(reader)
+    lines = []
+    for number, name in enumerate(missing):
+        near = difflib.get_close_matches(name, names, n=3) if number < _MAX_SUGGESTIONS and len(names) < 10_000 else []
+        lines.append(f"  Key {name} not found in checkpoint" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    return lines
+
+
+def _plan(read: TensorRead, match: _Match, values: dict[str, Any]) -> None:
+    leaf, admitted, stored = match
+    wanted = None if leaf.part is None or leaf.part.slice.is_whole(stored.shape) else leaf.part.slice
+
+    def replace(restored: Any) -> None:
+        assert admitted.rebuild is not None
+        values[leaf.name] = admitted.rebuild(restored)
+        leaf.replace(values[leaf.name])
+
+    if stored.dtype is DataType.string:
+        read.strings(leaf.name, replace)
+        return
+    shape = admitted.spec.shape if wanted is not None else stored.shape
+    if admitted.rebuild is None:
+        array = admitted.array
+        if shape != admitted.spec.shape:
+            array = _reshaped_view(leaf.name, array, shape)
+        read.tensor(leaf.name, Target(leaf.name, admitted.runtime, array, in_place=True), wanted)
+        return
+    fresh = np.empty(shape, admitted.array.dtype)
+    read.tensor(leaf.name, Target(leaf.name, admitted.runtime, fresh, in_place=False), wanted)
+    read.after(lambda: replace(fresh.reshape(admitted.spec.shape)))
+
+
+def _reshaped_view(name: str, array: Any, shape: tuple[int, ...]) -> Any:
+    view = array.reshape(shape)
+    if (
+        view.size and not np.shares_memory(view, array)
+        if isinstance(array, np.ndarray)
+        else not array.flags.c_contiguous
+    ):
+        raise InvalidArgumentError(
+            f"{name}: reshape=True cannot restore {list(shape)} into the strided memory of an array of shape "
+            f"{list(array.shape)}; pass a contiguous array"
+        )
+    return view
+
+
+def _check_targets(matches: Sequence[_Match], reader: CheckpointReader) -> None:
+    """Refuses memory that cannot hold what is restored: two elements, or two tensors, in one place."""
+    spans: list[tuple[int, int, _Match]] = []
+    for match in matches:
+        array = match.admitted.array
+        if match.admitted.rebuild is not None or not array.nbytes:
+            continue
+        if any(stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True)):
+            raise InvalidArgumentError(
+                f"{match.leaf.name}: several elements share one place in memory (broadcast); restore into a copy"
+            )
+        spans.append((*byte_bounds(array), match))
+    spans.sort(key=lambda span: span[:2])
+    active: list[tuple[int, int, _Match]] = []
+    for start, end, match in spans:
+        active = [span for span in active if span[1] > start]
+        for _, _, other in active:
+            _check_pair(reader, other, match)
+        active.append((start, end, match))
+
+
+def _check_pair(reader: CheckpointReader, first: _Match, second: _Match) -> None:
+    """``first`` and ``second`` lie in overlapping stretches of memory."""
+    a, b = first.leaf.name, second.leaf.name
+    if _is_tied(first, second):
+        if not reader.same_bytes(a, b):
+            raise InvalidArgumentError(
+                f"{a} and {b} are one array, but the checkpoint stores different values for them"
+            )
+    elif _shares(first.admitted.array, second.admitted.array):
+        raise InvalidArgumentError(
+            f"{a} and {b} overlap in memory but are not the same array: restoring one would damage the other"
+        )
+
+
+def _is_tied(first: _Match, second: _Match) -> bool:
+    a, b = first.admitted.array, second.admitted.array
+    return (a.shape, a.strides, a.dtype) == (b.shape, b.strides, b.dtype) and byte_bounds(a) == byte_bounds(b)
+
+
+def _shares(a: Any, b: Any) -> bool:
+    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
+        return type(a) is type(b)
+    try:
+        return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # NumPy's stubs know 0 and -1
+    except np.exceptions.TooHardError:
+        return True

@@ -1,0 +1,483 @@
+"""The Saver: which variables, under which prefix, how many checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from gpusaver.bundle.index import encode_index
+from gpusaver.checkpoint_state import (
+    DEFAULT_STATE_FILENAME,
+    PathLike,
+    checkpoint_times,
+    remove_checkpoint,
+    update_checkpoint_state,
+)
+from gpusaver.errors import Error, FailedPreconditionError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from gpusaver.pending import PendingSave
+from gpusaver.pipeline.chunk import CHUNK_NBYTES
+from gpusaver.pipeline.commit import BundleCommit
+from gpusaver.pipeline.plan import Plan, Save, plan_save
+from gpusaver.pipeline.save import Source, write_chunks
+from gpusaver.pipeline.workers import Slots
+from gpusaver.reader import READ_THREADS, CheckpointReader
+from gpusaver.restoring import RestoreReport, restore_leaves
+from gpusaver.retention import Retention
+from gpusaver.storage.base import Storage
+from gpusaver.storage.local import LocalStorage
+from gpusaver.variables import Leaf, check_variables_once, current_variables, flatten
+
+_log = logging.getLogger("gpusaver")
+
+Capture = Literal["auto", "snapshot", "deferred", "blocking"]
+WhenBusy = Literal["wait", "skip", "raise"]
+
+#: Around the page cache more writes must be under way at once than through it, where two cores copy.
+_DIRECT_THREADS = 4
+_BUFFERED_THREADS = 2
+
+
+class Saver:
+    """Saves and restores variables in TensorFlow's V2 checkpoint format.
+
+    ``var_list``: a dict (also nested dicts and lists under it; names are joined with ``/``) of arrays, Variables,
+    numbers and strings; or a list of Variables; None takes the current collection, as it is now.  Containers are kept
+    and looked through anew at every save and restore, so ``state["w"] = new`` is saved rightly; the set of names is
+    fixed.  ``reshape``: restore takes any shape of equal element count.  ``sharded``: one data file per device.
+    ``max_to_keep``, ``keep_checkpoint_every_n_hours``: see :class:`gpusaver.retention.Retention`.
+    ``pad_step_number``: steps of eight digits.  ``save_relative_paths``: what the state file holds, so that a
+    directory can be moved.  ``restore_sequentially``: restore with one thread.  ``saver_def``: a SaverDef, ours or
+    TensorFlow's, whose retention and sharding are taken.  ``defer_build``: :meth:`build` is called later.  ``name``,
+    ``filename``: attributes without effect on a save or restore, as in TensorFlow.
+    ``direct_io``: None decides by directory and size, True or False for all.  ``clock``: seconds since the epoch.
+
+    Methods may be called from any thread; saves come one after the other.  A context manager: leaving it closes.
+
+    Raises TypeError for values that cannot be stored, ValueError for names given twice, an empty ``var_list``
+    (unless ``allow_empty``), and numbers out of range.
+    """
+
+    def __init__(
+        self,
+        var_list: Any = None,
+        *,
+        reshape: bool = False,
+        sharded: bool = False,
+        max_to_keep: int | None = 5,
+        keep_checkpoint_every_n_hours: float | None = None,
+        name: str | None = None,
+        restore_sequentially: bool = False,
+        saver_def: Any = None,
+        allow_empty: bool = False,
+        defer_build: bool = False,
+        pad_step_number: bool = False,
+        save_relative_paths: bool = True,
+        filename: str | None = None,
+        direct_io: bool | None = None,
+        storage: Storage | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if saver_def is not None:
+            max_to_keep, keep_checkpoint_every_n_hours, sharded = _from_saver_def(saver_def)
+        if defer_build and var_list is not None:
+            raise ValueError(
+                "If `var_list` is provided then build cannot be deferred: defer_build=False, or no var_list."
+            )
+        self.name = name
+        self.filename = filename
+        self._reshape = reshape
+        self._sharded = sharded
+        self._allow_empty = allow_empty
+        self._pad_step_number = pad_step_number
+        self._save_relative_paths = save_relative_paths
+        self._read_threads = 1 if restore_sequentially else READ_THREADS
+        self._direct_io = direct_io
+        self._storage = storage or LocalStorage()
+        self._clock = clock
+        self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
+        self._slots = Slots(CHUNK_NBYTES)
+        self._snapshots: dict[str, Any] = {}
+        self._plan: Plan | None = None
+        self._pending: PendingSave | None = None
+        self._closed = False
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+        self._var_list: Any = None
+        self._names: list[str] | None = None
+        if not defer_build:
+            self.build(var_list)
+
+    def build(self, var_list: Any = None) -> None:
+        """Fixes the set of names; only needed after ``defer_build=True``, once."""
+        if self._names is not None:
+            return
+        self._var_list = current_variables() if var_list is None else var_list
+        leaves = flatten(self._var_list)
+        check_variables_once(leaves)
+        if not leaves and not self._allow_empty:
+            raise ValueError(
+                "No variables to save: pass a dict of arrays, make a gpusaver.Variable, or allow_empty=True"
+            )
+        plan_save(leaves, sharded=self._sharded, cached=None)  # finds every leaf that cannot be stored
+        self._names = [leaf.name for leaf in leaves]
+
+    # -- saving
+
+    def save(
+        self,
+        save_path: PathLike,
+        global_step: Any = None,
+        *,
+        latest_filename: PathLike | None = None,
+        meta_graph_suffix: str = "meta",
+        write_state: bool = True,
+    ) -> str:
+        """Saves and returns the prefix when the checkpoint is durable: ``save_path``, or ``save_path-<step>``.
+
+        ``global_step``: an int, or an integer Variable or array of rank 0.  ``latest_filename``: name of the state
+        file, default "checkpoint".  ``meta_graph_suffix``: of the ``.meta`` files that retention removes along.
+        ``write_state=False``: neither state file nor retention.
+
+        Raises TypeError for a wrong kind of argument, ValueError for a directory whose parent does not exist,
+        ResourceExhaustedError for a full disk (found before anything is copied), and the error of an earlier
+        background save that nobody has seen.  After an error older checkpoints and the state file are as they were.
+        """
+        pending = self._start(
+            save_path, global_step, latest_filename, meta_graph_suffix, write_state, "blocking", "wait"
+        )
+        assert pending is not None
+        try:
+            return pending.result()
+        except (KeyboardInterrupt, SystemExit):
+            pending.cancel()
+            pending.exception()
+            raise
+
+    def save_async(
+        self,
+        save_path: PathLike,
+        global_step: Any = None,
+        *,
+        capture: Capture = "auto",
+        when_busy: WhenBusy = "wait",
+        latest_filename: PathLike | None = None,
+        meta_graph_suffix: str = "meta",
+        write_state: bool = True,
+    ) -> PendingSave | None:
+        """Starts a save and returns while it goes on in the background; see :meth:`save` for the other arguments.
+
+        ``capture``: "snapshot" copies the variables first, so they may change as soon as the call returns; "deferred"
+        copies nothing, and they may change after ``pending.fence()``; "blocking" returns when they have been read;
+        "auto" is snapshot where memory allows, else blocking.  ``when_busy``: what to do while an earlier save of this
+        Saver is under way: "wait" for it, "skip" this one (returns None), or "raise" FailedPreconditionError.
+        """
+        if capture not in ("auto", "snapshot", "deferred", "blocking"):
+            raise ValueError(f"capture: expected auto, snapshot, deferred or blocking, found {capture!r}")
+        pending = self._start(
+            save_path, global_step, latest_filename, meta_graph_suffix, write_state, capture, when_busy
+        )
+        if pending is not None and pending.capture == "blocking":
+            pending.wait_captured()
+        return pending
+
+    def _start(
+        self,
+        save_path: PathLike,
+        global_step: Any,
+        latest_filename: PathLike | None,
+        meta_graph_suffix: str,
+        write_state: bool,
+        capture: Capture,
+        when_busy: WhenBusy,
+    ) -> PendingSave | None:
+        prefix = self._prefix(save_path, global_step)
+        state_name = _state_name(latest_filename, prefix, plain=global_step is None and not self._sharded)
+        with self._lock:
+            self._check_usable()
+            if self._names is None:
+                raise RuntimeError("`build()` should be called before save if defer_build==True")
+            if not self._is_free(when_busy):
+                return None
+            save = plan_save(self._leaves(), sharded=self._sharded, cached=self._plan)
+            self._plan = save.plan
+            _make_directory(self._storage, os.path.dirname(prefix), prefix)
+            save, mode, reason = self._capture(save, capture)
+            pending = PendingSave(prefix, mode, reason)
+            finish = (meta_graph_suffix, state_name) if write_state else None
+            self._pending = pending
+            _run_in_thread(lambda: self._run(save, pending, finish))
+            return pending
+
+    def _prefix(self, save_path: PathLike, global_step: Any) -> str:
+        prefix = _fs_path(save_path, "save_path")
+        if not os.path.basename(prefix):
+            raise ValueError(f"save_path {prefix!r} names a directory; expected a prefix such as 'dir/model.ckpt'")
+        if global_step is None:
+            return prefix
+        step = _step(global_step)
+        return f"{prefix}-{step:08d}" if self._pad_step_number else f"{prefix}-{step}"
+
+    def _is_free(self, when_busy: WhenBusy) -> bool:
+        """Deals with an earlier save; raises its error if nobody has seen that."""
+        if when_busy not in ("wait", "skip", "raise"):
+            raise ValueError(f"when_busy: expected wait, skip or raise, found {when_busy!r}")
+        if self._pending is None:
+            return True
+        if not self._pending.done():
+            if when_busy == "skip":
+                return False
+            if when_busy == "raise":
+                raise FailedPreconditionError(f"the save of {self._pending.prefix} is still under way")
+        self._raise_earlier_error()
+        return True
+
+    def _raise_earlier_error(self) -> None:
+        pending, self._pending = self._pending, None
+        error = pending.undelivered_error() if pending is not None else None
+        if error is not None:
+            raise error
+
+    def _leaves(self) -> list[Leaf]:
+        leaves = flatten(self._var_list)
+        names = [leaf.name for leaf in leaves]
+        if names != self._names:
+            before, now = set(self._names or ()), set(names)
+            raise ValueError(
+                "the set of variable names changed since the Saver was made: "
+                f"new {sorted(now - before)[:10]}, gone {sorted(before - now)[:10]}; make a new Saver for a new set"
+            )
+        return leaves
+
+    def _capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
+        if capture in ("blocking", "deferred"):
+            reason = "asked for"
+            for runtime in save.runtimes():
+                runtime.order_after_caller([s.array for s in save.sources if s.runtime is runtime])
+            return save, capture, reason
+        try:
+            sources: list[Source] = list(save.sources)
+            for runtime in save.runtimes():
+                numbers = [number for number, source in enumerate(save.sources) if source.runtime is runtime]
+                arrays = [save.sources[number].array for number in numbers]
+                copies, memory = runtime.snapshot(arrays, self._snapshots.get(runtime.name))
+                self._snapshots[runtime.name] = memory
+                runtime.order_after_caller(copies)
+                for number, copy in zip(numbers, copies, strict=True):
+                    sources[number] = Source(runtime, copy)
+            return Save(save.plan, sources, save.string_checksums), "snapshot", "memory sufficed"
+        except ResourceExhaustedError as error:
+            self._snapshots.clear()
+            if capture == "snapshot":
+                raise
+            _log.warning("save_async copies nothing and blocks instead: %s", error)
+            return self._capture(save, "blocking")[0], "blocking", str(error)
+
+    def _run(self, save: Save, pending: PendingSave, finish: tuple[str, str] | None) -> None:
+        """In the background: write, commit, state file, retention."""
+        commit: BundleCommit | None = None
+        try:
+            layout = save.plan.layout
+            commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
+            is_direct = any(file.alignment > 1 for file in commit.files)
+            checksums = write_chunks(
+                layout,
+                save.sources,
+                commit.files,
+                self._slots,
+                _DIRECT_THREADS if is_direct else _BUFFERED_THREADS,
+                on_staged=pending.mark_captured,
+                cancelled=pending.cancel_requested,
+            )
+            checksums.update(save.string_checksums)
+            index = encode_index(commit.num_shards, save.plan.entries(checksums))
+            pending.begin_commit()
+            commit.publish(index)
+            if finish is not None:
+                self._update_state(pending.prefix, *finish)
+        except BaseException as error:  # delivered by PendingSave, whatever it is
+            if commit is not None:
+                commit.abort()
+            pending.fail(error)
+            return
+        pending.finish(len(save.plan.items), sum(layout.nbytes.tolist()))
+
+    def _update_state(self, prefix: str, meta_graph_suffix: str, state_name: str) -> None:
+        decision = self._retention.added(prefix, self._clock())
+        update_checkpoint_state(
+            os.path.dirname(prefix),
+            prefix,
+            decision.listed,
+            latest_filename=state_name,
+            save_relative_paths=self._save_relative_paths,
+            storage=self._storage,
+        )
+        for old in decision.delete:
+            try:
+                remove_checkpoint(old, meta_graph_suffix, storage=self._storage)
+            except Error as error:
+                _log.warning("cannot remove the old checkpoint %s: %s", old, error)
+
+    # -- restoring
+
+    def restore(
+        self,
+        save_path: PathLike,
+        *,
+        partial: bool | Literal["shapes"] = False,
+        verify: Literal["during", "before"] = "during",
+    ) -> RestoreReport:
+        """Restores every variable from the checkpoint ``save_path``, after the pending save has read them.
+
+        Arrays are overwritten in place; what cannot be (numbers, strings, read-only arrays) is replaced in its
+        container.  Names, dtypes and shapes are compared before a byte is written.  ``partial=True`` leaves variables
+        that are not in the checkpoint as they are, ``"shapes"`` also those stored with another shape or dtype.
+        ``verify="before"`` reads everything twice, so that a damaged checkpoint changes nothing; with "during"
+        DataLossError.modified names the variables that were overwritten.
+
+        Raises InvalidArgumentError (a ValueError) if there is no such checkpoint or shapes or dtypes differ,
+        NotFoundError for missing names, DataLossError, OutOfRangeError for damage.
+        """
+        if save_path is None:
+            raise ValueError("Can't load save_path when it is None.")
+        prefix = _fs_path(save_path, "save_path")
+        if verify not in ("during", "before"):
+            raise ValueError(f"verify: expected 'during' or 'before', found {verify!r}")
+        with self._lock:
+            self._check_usable()
+            if self._names is None:
+                raise RuntimeError("`build()` should be called before restore if defer_build==True")
+            if self._pending is not None:
+                self._pending.wait_captured()
+            try:
+                reader = CheckpointReader(prefix, storage=self._storage)
+            except NotFoundError as error:
+                raise InvalidArgumentError(f"The passed save_path is not a valid checkpoint: {error}") from error
+            return restore_leaves(
+                self._leaves(),
+                reader,
+                self._slots,
+                self._read_threads,
+                partial=partial,
+                reshape=self._reshape,
+                verify_first=verify == "before",
+            )
+
+    # -- the list of checkpoints
+
+    @property
+    def last_checkpoints(self) -> list[str]:
+        """A new list of the prefixes that retention counts, oldest first."""
+        return self._retention.last_checkpoints
+
+    def set_last_checkpoints(self, last_checkpoints: Sequence[str]) -> None:
+        """Replaces the list; these are never deleted, because their times are unknown."""
+        self._retention.set_last_checkpoints(last_checkpoints)
+
+    def set_last_checkpoints_with_time(self, last_checkpoints_with_time: Iterable[tuple[str, float]]) -> None:
+        """Replaces the list by ``(prefix, seconds since the epoch)``, oldest first."""
+        self._retention.set_last_checkpoints_with_time(last_checkpoints_with_time)
+
+    def recover_last_checkpoints(self, checkpoint_paths: Iterable[PathLike]) -> None:
+        """Replaces the list by those of the prefixes that exist, with the times of their files."""
+        self._retention.set_last_checkpoints_with_time(checkpoint_times(checkpoint_paths, storage=self._storage))
+
+    # -- the end
+
+    def close(self) -> None:
+        """Waits for the pending save, raises its error if nobody has seen it, and frees memory.  Idempotent."""
+        if os.getpid() != self._process:
+            return  # a forked child: the save belongs to the parent
+        with self._lock:
+            self._closed = True
+            try:
+                self._raise_earlier_error()
+            finally:
+                self._slots.close()
+                self._snapshots.clear()
+                self._plan = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as masked:  # the body's own error is the one to see
+            _log.error("while another exception was raised, a background save failed: %s", masked)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._process:
+            raise FailedPreconditionError("this Saver was made before a fork; make a new one in the child process")
+        if self._closed:
+            raise FailedPreconditionError("this Saver is closed")
+
+
+def _run_in_thread(run: Callable[[], None]) -> None:
+    thread = threading.Thread(target=run, name="gpusaver-save")
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is shutting down: no thread can be started any more
+        run()
+
+
+def _fs_path(path: Any, what: str) -> str:
+    if isinstance(path, str | bytes | os.PathLike):
+        return os.fsdecode(path)
+    raise TypeError(
+        f"{what}: expected str, bytes or PathLike, found {type(path).__name__}. The native Saver takes no session: "
+        "saver.save(path, global_step). Scripts written for tf.train.Saver run on gpusaver.compat.v1"
+    )
+
+
+def _step(global_step: Any) -> int:
+    value = getattr(global_step, "value", global_step)
+    try:
+        if not isinstance(value, str | bytes):
+            return operator.index(value.item() if getattr(value, "shape", None) == () else value)
+    except TypeError:
+        pass
+    raise TypeError(
+        f"global_step: expected an int or an integer variable of rank 0, found {value!r:.60} "
+        f"({type(value).__name__}). The native Saver takes no session: saver.save(path, global_step). Scripts written "
+        "for tf.train.Saver run on gpusaver.compat.v1"
+    )
+
+
+def _state_name(latest_filename: PathLike | None, prefix: str, *, plain: bool) -> str:
+    name = DEFAULT_STATE_FILENAME if latest_filename is None else _fs_path(latest_filename, "latest_filename")
+    if os.path.basename(name) != name or not name:
+        raise ValueError(f"'latest_filename' must not contain path components: {name!r}")
+    if plain and os.path.basename(prefix) == name:
+        raise ValueError(f"'latest_filename' collides with 'save_path': {name!r} and {prefix!r}")
+    return name
+
+
+def _make_directory(storage: Storage, directory: str, prefix: str) -> None:
+    """Makes one missing level, as TensorFlow does: more would turn a mistyped path into a tree."""
+    if storage.is_directory(directory):
+        return
+    if not storage.is_directory(os.path.dirname(directory)) or storage.exists(directory):
+        raise ValueError(f"Parent directory of {prefix} doesn't exist, can't save.")
+    storage.make_directory(directory)
+
+
+def _from_saver_def(saver_def: Any) -> tuple[int, float | None, bool]:
+    from gpusaver.protos import SaverDef
+    from gpusaver.protos.convert import adopt
+
+    adopted = adopt(saver_def, SaverDef)
+    return adopted.max_to_keep, adopted.keep_checkpoint_every_n_hours or None, adopted.sharded
+
+
+def save(prefix: PathLike, tensors: Any) -> str:
+    """Saves ``tensors`` (a dict, as a Saver takes it) once, without state file or retention; returns the prefix."""
+    with Saver(tensors, max_to_keep=None) as saver:
+        return saver.save(prefix, write_state=False)

@@ -1,0 +1,113 @@
+"""The narrow interface between gpusaver and whatever keeps files.
+
+Paths are ``str``.  Everything raises members of :mod:`gpusaver.errors`, never a bare OSError.  A storage object may
+be used from any thread; a file object too, unless :attr:`Storage.ordered` says that offsets must ascend.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from gpusaver.errors import InvalidArgumentError
+
+Buffer = memoryview  # of bytes, C-contiguous: what write_at and read_into move
+
+
+class WritableFile(Protocol):
+    """A file of known size that nobody else sees under its final name yet."""
+
+    #: Offsets, lengths and buffer addresses must be multiples of this (1: no demand).  Only the last write may end
+    #: beyond the file's size: the excess is cut off by :meth:`sync`.
+    alignment: int
+
+    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Writes the buffers one after the other from ``offset`` on.  All of it, or an error."""
+
+    def sync(self) -> None:
+        """Returns when every byte written is on stable storage."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+    def abort(self) -> None:
+        """Closes and removes the file.  Never raises."""
+
+
+class ReadableFile(Protocol):
+    size: int
+
+    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Fills the buffers one after the other from ``offset`` on; OutOfRangeError if the file ends before."""
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+class Storage(Protocol):
+    #: True if files must be written in ascending offsets (object stores).
+    ordered: bool
+
+    def create(self, path: str, nbytes: int, *, direct: bool = False) -> WritableFile:
+        """A new file of ``nbytes`` bytes, space reserved; an existing ``path`` is an error.
+
+        ``direct=True`` asks to bypass the page cache where that works; the file's ``alignment`` tells the outcome.
+        """
+
+    def prefers_direct(self, directory: str) -> bool:
+        """Whether large files in this directory profit from ``direct=True`` (probed once, then remembered)."""
+
+    def open(self, path: str) -> ReadableFile: ...
+
+    def exists(self, path: str) -> bool: ...
+
+    def is_directory(self, path: str) -> bool: ...
+
+    def modified_time(self, path: str) -> float:
+        """Seconds since the epoch; NotFoundError if there is no such file."""
+
+    def list(self, directory: str) -> list[str]:
+        """Base names in a directory, sorted; empty if it does not exist."""
+
+    def make_directory(self, path: str) -> None:
+        """Creates the last level; nothing happens if it exists."""
+
+    def replace(self, source: str, target: str) -> None:
+        """Renames atomically, replacing ``target``."""
+
+    def remove(self, path: str) -> None:
+        """Removes a file; nothing happens if it does not exist."""
+
+    def sync_directory(self, path: str) -> None:
+        """Returns when creations, renames and removals in the directory are on stable storage."""
+
+
+def read_bytes(storage: Storage, path: str, *, limit: int | None = None) -> bytes:
+    """The content of a small file.  ``limit`` (bytes) guards against absurd sizes: InvalidArgumentError beyond it."""
+    file = storage.open(path)
+    try:
+        if limit is not None and file.size > limit:
+            raise InvalidArgumentError(f"{path} has {file.size} bytes, expected at most {limit}")
+        data = bytearray(file.size)
+        file.read_into(0, [memoryview(data)])
+        return bytes(data)
+    finally:
+        file.close()
+
+
+def write_bytes(storage: Storage, path: str, temporary: str, data: bytes) -> None:
+    """Replaces ``path`` atomically and durably by a file with this content, by way of the name ``temporary``.
+
+    On any error ``temporary`` is gone and ``path`` is as it was.
+    """
+    file = storage.create(temporary, len(data))
+    try:
+        file.write_at(0, [memoryview(data)])
+        file.sync()
+        file.close()
+        storage.replace(temporary, path)
+    except BaseException:
+        file.abort()
+        raise
+    storage.sync_directory(os.path.dirname(path))

@@ -1,0 +1,270 @@
+"""Files on a mounted file system, through the page cache or around it (O_DIRECT)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import secrets
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from gpusaver.errors import OutOfRangeError, from_os_error
+from gpusaver.storage.base import Buffer
+
+#: What O_DIRECT wants of offset, length and address on every device in use (512 would do on some).
+DIRECT_ALIGNMENT = 4096
+#: pwritev refuses more buffers (EINVAL), and moves at most 2,147,479,552 bytes.
+_MAX_BUFFERS = 1024
+_MAX_BYTES = 0x7FFFF000
+
+#: Where writing around the page cache was measured to be at least as fast as through it.  On network and parallel
+#: file systems (NFS, Lustre) it is slower; tmpfs has no such thing.
+_DIRECT_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "f2fs"})
+
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+_CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def _translated(action: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, action, path) from error
+
+
+def _move(call: Callable[[int, Sequence[Buffer], int], int], fd: int, offset: int, buffers: Sequence[Buffer]) -> int:
+    """Runs ``os.pwritev`` or ``os.preadv`` until all is moved or nothing moves; returns the bytes moved."""
+    moved = 0
+    pending = [buffer for buffer in buffers if buffer.nbytes]
+    first = 0
+    while first < len(pending):
+        batch = pending[first : first + _MAX_BUFFERS]
+        if batch[0].nbytes > _MAX_BYTES:
+            batch = [batch[0][:_MAX_BYTES]]
+        count = call(fd, batch, offset + moved)
+        if count == 0:
+            break
+        moved += count
+        while first < len(pending) and count >= pending[first].nbytes:
+            count -= pending[first].nbytes
+            first += 1
+        if count:
+            pending[first] = pending[first][count:]
+    return moved
+
+
+class LocalWritableFile:
+    """See :class:`gpusaver.storage.base.WritableFile`."""
+
+    def __init__(self, path: str, fd: int, nbytes: int, alignment: int) -> None:
+        self.alignment = alignment
+        self._path = path
+        self._fd = fd
+        self._nbytes = nbytes
+        self._end = 0
+        self._aborted = False
+
+    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        with _translated("write", self._path):
+            if _move(os.pwritev, self._fd, offset, buffers) != wanted:
+                raise OSError(errno.EIO, "wrote nothing")
+        self._end = max(self._end, offset + wanted)
+
+    def sync(self) -> None:
+        with _translated("sync", self._path):
+            if self._end > self._nbytes:
+                os.ftruncate(self._fd, self._nbytes)
+            _full_sync(self._fd)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with _translated("close", self._path):
+                os.close(fd)
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self.close()
+        if not self._aborted:
+            self._aborted = True
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+
+class LocalReadableFile:
+    """See :class:`gpusaver.storage.base.ReadableFile`."""
+
+    def __init__(self, path: str, fd: int, size: int) -> None:
+        self.size = size
+        self._path = path
+        self._fd = fd
+
+    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        with _translated("read", self._path):
+            moved = _move(os.preadv, self._fd, offset, buffers)
+        if moved != wanted:
+            raise OutOfRangeError(
+                f"{self._path} ends at byte {offset + moved}: expected {wanted} at offset {offset}, found {moved}. "
+                "The file was cut short"
+            )
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with _translated("close", self._path):
+                os.close(fd)
+
+
+class LocalStorage:
+    """See :class:`gpusaver.storage.base.Storage`.  Relative paths are relative to the current directory."""
+
+    ordered = False
+
+    def __init__(self) -> None:
+        self._direct: dict[int, bool] = {}
+        self._lock = threading.Lock()
+
+    def create(self, path: str, nbytes: int, *, direct: bool = False) -> LocalWritableFile:
+        with _translated("create", path):
+            fd, alignment = _open_new(path, direct)
+        try:
+            with _translated(f"reserve {nbytes} bytes for", path):
+                _reserve(fd, nbytes)
+        except BaseException:
+            LocalWritableFile(path, fd, nbytes, alignment).abort()
+            raise
+        return LocalWritableFile(path, fd, nbytes, alignment)
+
+    def prefers_direct(self, directory: str) -> bool:
+        if not _O_DIRECT:
+            return False
+        directory = directory or "."
+        with _translated("look at", directory):
+            device = os.stat(directory).st_dev
+        with self._lock:
+            if device not in self._direct:
+                self._direct[device] = _file_system(device) in _DIRECT_FILE_SYSTEMS and _direct_works(directory)
+            return self._direct[device]
+
+    def open(self, path: str) -> LocalReadableFile:
+        with _translated("open", path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                os.close(fd)
+                raise OSError(errno.EISDIR, "not a regular file")
+        return LocalReadableFile(path, fd, status.st_size)
+
+    def exists(self, path: str) -> bool:
+        """Whether ``path`` is a regular file."""
+        return os.path.isfile(path)
+
+    def is_directory(self, path: str) -> bool:
+        return os.path.isdir(path or ".")
+
+    def modified_time(self, path: str) -> float:
+        with _translated("look at", path):
+            return os.stat(path).st_mtime
+
+    def list(self, directory: str) -> list[str]:
+        try:
+            return sorted(os.listdir(directory or "."))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise from_os_error(error, "list", directory) from error
+
+    def make_directory(self, path: str) -> None:
+        with _translated("make directory", path), contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+            self.sync_directory(os.path.dirname(path))
+
+    def replace(self, source: str, target: str) -> None:
+        with _translated(f"rename {source} to", target):
+            os.replace(source, target)
+
+    def remove(self, path: str) -> None:
+        with _translated("remove", path), contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def sync_directory(self, path: str) -> None:
+        with _translated("sync directory", path):
+            fd = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                _full_sync(fd)
+            finally:
+                os.close(fd)
+
+
+def _open_new(path: str, direct: bool) -> tuple[int, int]:
+    if direct and _O_DIRECT:
+        # EINVAL: the file system has no O_DIRECT.  The page cache serves as well, so this is no error.
+        try:
+            return os.open(path, _CREATE_FLAGS | _O_DIRECT, 0o666), DIRECT_ALIGNMENT
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # Linux creates the file before it finds that the flag does not fit
+    return os.open(path, _CREATE_FLAGS, 0o666), 1
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Fails with ENOSPC now rather than after minutes of copying, and keeps the file in few extents."""
+    if nbytes == 0:
+        return
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, nbytes)
+    else:
+        os.ftruncate(fd, nbytes)
+
+
+def _full_sync(fd: int) -> None:
+    if sys.platform == "darwin":
+        import fcntl
+
+        # fsync on macOS leaves the bytes in the drive's cache.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def _file_system(device: int) -> str:
+    """Type of the mounted file system with this device number, as Linux names it; "" if unknown."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
+                fields = line.split()
+                if fields[2] == wanted:
+                    return fields[fields.index("-") + 1]
+    except (OSError, ValueError, IndexError):
+        pass
+    return ""
+
+
+def _direct_works(directory: str) -> bool:
+    """Tries one aligned block.  A refusal (EINVAL, EFAULT) shows here, not in the middle of a save."""
+    path = os.path.join(directory, f"probe.{secrets.token_hex(8)}.gpusaver-tmp")
+    block = mmap.mmap(-1, DIRECT_ALIGNMENT)
+    try:
+        fd = os.open(path, _CREATE_FLAGS | _O_DIRECT, 0o600)
+    except OSError:
+        return False
+    try:
+        return os.pwrite(fd, block, 0) == DIRECT_ALIGNMENT
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        block.close()

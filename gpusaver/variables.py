@@ -1,0 +1,340 @@
+"""From what the user hands in to named leaves: Variables, and containers of arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+import re
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpusaver.device import admit
+from gpusaver.errors import InvalidArgumentError
+from gpusaver.tensor import DataType, TensorSlice, TensorSpec
+
+_DEVICE = re.compile(r"(cpu|cuda|gpu)(?::(\d+))?")
+
+
+class Variable:
+    """A named holder of an array, known to the current collection so that ``Saver()`` finds it.
+
+    ``initial_value``: an array of any library gpusaver takes (held, not copied), or a number, list or string that
+    NumPy makes one of.  ``name``: default "Variable", then "Variable_1", ...  ``dtype``: a :class:`DataType` or NumPy
+    dtype; converts the initial value, and names the types that share a NumPy dtype (qint8).  ``device``: "cpu:1",
+    "cuda:0"; moves the value there; with ``sharded=True`` each device gives a shard (numbered CPU devices are one
+    memory, as in TensorFlow).
+
+    Raises ValueError if the current collection has a variable of this name, TypeError for what cannot be stored.
+    """
+
+    def __init__(
+        self,
+        initial_value: Any,
+        name: str | None = None,
+        dtype: DataType | np.dtype[Any] | type | str | None = None,
+        trainable: bool = True,
+        device: str | None = None,
+    ) -> None:
+        collection = _current()
+        self._name = collection.unique_name("Variable") if name is None else _checked_name(name)
+        self._declared = DataType[dtype] if isinstance(dtype, str) and dtype in DataType.__members__ else dtype
+        self.trainable = trainable
+        self.device = None if device is None else _canonical_device(device)
+        self._value = _on_device(_as_array(initial_value, self._declared), self.device)
+        self._spec = self._admitted_spec(self._value)
+        collection.add(self)
+
+    def _admitted_spec(self, value: Any) -> TensorSpec:
+        return admit(value, self._name, self.declared_dtype).spec
+
+    @property
+    def declared_dtype(self) -> DataType | None:
+        """The DataType given at construction if there was one, else None."""
+        return self._declared if isinstance(self._declared, DataType) else None
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def dtype(self) -> DataType:
+        return self._spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._spec.shape
+
+    @property
+    def value(self) -> Any:
+        """The array itself, not a copy."""
+        return self._value
+
+    def assign(self, value: Any) -> None:
+        """Holds ``value`` from now on (an array is not copied).
+
+        Raises InvalidArgumentError if its dtype or shape is not the variable's.
+        """
+        array = _on_device(_as_array(value, self._declared), self.device)
+        spec = self._admitted_spec(array)
+        if spec != self._spec:
+            raise InvalidArgumentError(f"Variable {self._name}: cannot assign {spec}, expected {self._spec}")
+        self._value = array
+
+    def __repr__(self) -> str:
+        return f"<gpusaver.Variable {self._name!r} {self._spec}>"
+
+
+class PartitionedVariable:
+    """One rectangular part of a larger named tensor, stored as a TensorFlow slice of it.
+
+    ``full_shape``: of the whole tensor.  ``slice``: a :class:`TensorSlice`, or one Python slice per dimension
+    (``np.s_[0:4, :]``).  ``array``: the part; its shape must be the slice's.  ``name``: of the whole tensor; needed in
+    a list, ignored in a dict.  Parts of one tensor in one Saver may not overlap.
+
+    Raises InvalidArgumentError if shape and slice do not fit, TypeError for what cannot be stored.
+    """
+
+    def __init__(
+        self, full_shape: Sequence[int], slice: TensorSlice | Sequence[slice], array: Any, name: str | None = None
+    ) -> None:
+        self.full_shape = tuple(int(size) for size in full_shape)
+        self.slice = slice if isinstance(slice, TensorSlice) else TensorSlice.from_slices(slice, self.full_shape)
+        self.name = None if name is None else _checked_name(name)
+        self.value = array
+        expected, found = self.slice.shape(self.full_shape), tuple(np.shape(array))
+        if expected != found:
+            raise InvalidArgumentError(
+                f"PartitionedVariable {name or ''}: slice {self.slice} of {list(self.full_shape)} has shape "
+                f"{list(expected)}, the array has {list(found)}"
+            )
+
+    def __repr__(self) -> str:
+        return f"<gpusaver.PartitionedVariable {self.name!r} {list(self.full_shape)} {self.slice}>"
+
+
+class _Collection:
+    def __init__(self) -> None:
+        self.variables: dict[str, Variable] = {}
+
+    def add(self, variable: Variable) -> None:
+        other = self.variables.setdefault(variable.name, variable)
+        if other is not variable:
+            raise ValueError(
+                f"At least two variables have the same name: {variable.name} ({other!r} and {variable!r}); give the "
+                "second another name, or make it in a collection of its own: with gpusaver.variables(): ..."
+            )
+
+    def unique_name(self, base: str) -> str:
+        name, number = base, 0
+        while name in self.variables:
+            number += 1
+            name = f"{base}_{number}"
+        return name
+
+
+_default = _Collection()
+_scoped: contextvars.ContextVar[_Collection | None] = contextvars.ContextVar("gpusaver_variables", default=None)
+
+
+def _current() -> _Collection:
+    return _scoped.get() or _default
+
+
+@contextlib.contextmanager
+def variables() -> Iterator[None]:
+    """A collection of its own for the variables made, and the Savers built, inside the ``with``."""
+    token = _scoped.set(_Collection())
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def reset_default_variables() -> None:
+    """Empties the current collection (the variables live on where they are referred to)."""
+    _current().variables.clear()
+
+
+def current_variables() -> list[Variable]:
+    """The variables of the current collection, in order of creation."""
+    return list(_current().variables.values())
+
+
+def _as_array(value: Any, dtype: DataType | np.dtype[Any] | type | str | None) -> Any:
+    numpy_dtype = dtype.numpy_dtype if isinstance(dtype, DataType) else dtype
+    if isinstance(value, bool | int | float | complex | str | bytes | list | tuple | np.generic):
+        return np.array(value, dtype=numpy_dtype)
+    if numpy_dtype is not None and hasattr(value, "astype") and value.dtype != np.dtype(numpy_dtype):
+        return value.astype(numpy_dtype)
+    return value
+
+
+def _canonical_device(device: str) -> str:
+    match = _DEVICE.fullmatch(device)
+    if match is None:
+        raise ValueError(f"device {device!r}: expected 'cpu', 'cpu:1', 'cuda:0' or the like")
+    return f"{'cpu' if match[1] == 'cpu' else 'cuda'}:{int(match[2] or 0)}"
+
+
+def _on_device(value: Any, device: str | None) -> Any:
+    if device is None:
+        return value
+    if device.startswith("cpu"):
+        return value.get() if type(value).__module__.startswith("cupy") else value
+    from gpusaver.device.cuda import to_device
+
+    return to_device(value, int(device.partition(":")[2]))
+
+
+def _checked_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"Name is not a string: {name!r}")
+    if not name:
+        raise ValueError("the empty name is reserved in a checkpoint; name the variable")
+    return name
+
+
+class Leaf(NamedTuple):
+    """A value to be saved or restored, and where a new one goes: ``holder[key]``, or a Variable itself."""
+
+    name: str
+    value: Any
+    holder: Any
+    key: Any
+    part: PartitionedVariable | None = None
+
+    @property
+    def dtype(self) -> DataType | None:
+        return self.holder.declared_dtype if isinstance(self.holder, Variable) else None
+
+    @property
+    def device(self) -> str | None:
+        return self.holder.device if isinstance(self.holder, Variable) else None
+
+    def replace(self, value: Any) -> None:
+        if isinstance(self.holder, Variable):
+            self.holder._value = value
+        elif self.part is not None:
+            self.part.value = value
+        else:
+            self.holder[self.key] = value
+
+
+def flatten(var_list: Any) -> list[Leaf]:
+    """The leaves of a var_list, sorted by name (the slices of one tensor in the order given).
+
+    Raises TypeError for what a var_list cannot hold, ValueError for two leaves of one name.
+    """
+    leaves: list[Leaf] = []
+    if isinstance(var_list, MutableMapping):
+        _flatten_mapping(var_list, "", leaves, [])
+    elif isinstance(var_list, list | tuple | AbstractSet):
+        _flatten_list(var_list, leaves)
+    else:
+        raise TypeError(
+            f"Variables to save should be passed in a dict or a list, found {type(var_list).__name__}: {var_list!r:.80}"
+        )
+    leaves.sort(key=_by_name)
+    for first, second in itertools.pairwise(leaves):
+        if first.name == second.name:
+            _check_same_name(first, second)
+    return leaves
+
+
+def _by_name(leaf: Leaf) -> bytes:
+    return leaf.name.encode("utf-8", "surrogateescape")
+
+
+def _flatten_list(items: Iterable[Any], leaves: list[Leaf]) -> None:
+    for item in items:
+        if isinstance(item, Variable):
+            leaves.append(Leaf(item.name, item.value, item, None))
+        elif isinstance(item, PartitionedVariable):
+            if item.name is None:
+                raise TypeError(f"{item!r} in a list needs a name")
+            leaves.append(Leaf(item.name, item.value, None, None, item))
+        elif isinstance(item, list | tuple):
+            _flatten_list(item, leaves)
+        else:
+            raise TypeError(
+                f"a list of variables holds {type(item).__name__}, which has no name; pass a dict "
+                "{name: array} instead, or a gpusaver.Variable"
+            )
+
+
+def _flatten_mapping(mapping: MutableMapping[Any, Any], scope: str, leaves: list[Leaf], above: list[int]) -> None:
+    for key, value in mapping.items():
+        if not isinstance(key, str):
+            raise TypeError(f"Name is not a string: key {key!r} {_inside(scope)}")
+        _flatten_value(value, scope + key, mapping, key, leaves, above)
+
+
+def _flatten_value(value: Any, name: str, holder: Any, key: Any, leaves: list[Leaf], above: list[int]) -> None:
+    if type(value) is np.ndarray:  # by far the most frequent
+        leaves.append(Leaf(_checked_name(name), value, holder, key))
+    elif isinstance(value, Variable):
+        leaves.append(Leaf(_checked_name(name), value.value, value, None))
+    elif isinstance(value, PartitionedVariable):
+        leaves.append(Leaf(_checked_name(name), value.value, None, None, value))
+    elif isinstance(value, MutableMapping | list):
+        if id(value) in above:
+            raise ValueError(f"{name}: a container that holds itself")
+        above.append(id(value))
+        if isinstance(value, MutableMapping):
+            _flatten_mapping(value, name + "/", leaves, above)
+        elif value and all(isinstance(item, PartitionedVariable) for item in value):
+            leaves.extend(Leaf(_checked_name(name), item.value, None, None, item) for item in value)
+        elif any(isinstance(item, PartitionedVariable) for item in value):
+            raise ValueError(f"{name}: Slices must all be slices; the list mixes PartitionedVariables and other values")
+        else:
+            for number, item in enumerate(value):
+                _flatten_value(item, f"{name}/{number}", value, number, leaves, above)
+        above.pop()
+    elif isinstance(value, tuple | AbstractSet):
+        raise TypeError(f"{name}: a {type(value).__name__} cannot take restored values; use a list or a dict")
+    elif value is None:
+        raise TypeError(f"{name}: None cannot be stored in a checkpoint; leave the name out, or store a number")
+    else:
+        leaves.append(Leaf(_checked_name(name), value, holder, key))
+
+
+def _inside(scope: str) -> str:
+    return f"under {scope!r}" if scope else "at the top of the var_list"
+
+
+def _check_same_name(first: Leaf, second: Leaf) -> None:
+    if first.part is None and second.part is None:
+        raise ValueError(f"At least two variables have the same name: {first.name}")
+    if first.part is None or second.part is None:
+        raise ValueError(f"Mixing slices and non-slices with the same name: {first.name}")
+    if first.part.full_shape != second.part.full_shape:
+        raise ValueError(
+            f"Slices must all be from the same tensor: {first.name} has full shapes {first.part.full_shape} and "
+            f"{second.part.full_shape}"
+        )
+
+
+def check_variables_once(leaves: Sequence[Leaf]) -> None:
+    """Raises ValueError if one Variable is there under two names: a restore could not serve both."""
+    seen: dict[int, str] = {}
+    for leaf in leaves:
+        if isinstance(leaf.holder, Variable):
+            other = seen.setdefault(id(leaf.holder), leaf.name)
+            if other != leaf.name:
+                raise ValueError(f"The same saveable will be restored with two names: {leaf.name} (and {other})")
+
+
+__all__ = [
+    "Leaf",
+    "PartitionedVariable",
+    "Variable",
+    "check_variables_once",
+    "current_variables",
+    "flatten",
+    "reset_default_variables",
+    "variables",
+]
