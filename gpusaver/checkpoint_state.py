@@ -162,18 +162,20 @@ def _parse(text: str, path: str) -> CheckpointState | None:
 def _resolve(storage: Storage, directory: str, entry: str, allow_outside: bool) -> str | None:
     """The prefix that an entry of the state file stands for, or None if it must not be followed."""
     joined = os.path.join(directory, entry)
-    windows = _WINDOWS_PATH.match(entry) is not None
+    windows = _WINDOWS_PATH.match(entry) is not None  # written on Windows, or (rarely) a file of such a name
     name = re.split(r"[\\/]" if windows else "/", entry)[-1]
-    if "\0" not in entry:
-        if not windows and _is_inside(directory, entry):
-            return joined
-        if allow_outside and checkpoint_exists(joined, storage=storage):
-            return joined
-        here = os.path.join(directory, name)
-        if name not in ("", ".", "..") and checkpoint_exists(here, storage=storage):
-            return here
-        if allow_outside:
-            return joined
+    here = os.path.join(directory, name)
+    usable = "\0" not in entry
+    inside = usable and _is_inside(directory, entry)
+    if inside and not windows:
+        return joined
+    may_follow = inside or (usable and allow_outside)
+    if may_follow and checkpoint_exists(joined, storage=storage):
+        return joined
+    if usable and name not in ("", ".", "..") and checkpoint_exists(here, storage=storage):
+        return here
+    if may_follow:
+        return joined
     _log.warning(
         "the state file in %s names %r, which is outside that directory, and inside it is no checkpoint %r: skipped. "
         "Pass allow_outside=True to follow it",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,15 @@ from gpusaver.storage.local import LocalStorage
 from gpusaver.tensor import DataType, TensorSlice, TensorSpec
 
 READ_THREADS = 2
+
+
+class Located(NamedTuple):
+    """A tensor in a checkpoint: the name asked for, the key it is stored under, and its index entry (V2 only)."""
+
+    name: str
+    key: bytes
+    spec: TensorSpec
+    entry: Entry | None
 
 
 class CheckpointReader:
@@ -71,23 +80,24 @@ class CheckpointReader:
 
     def get_tensors(self, names: list[str], runtime: Runtime = HOST) -> dict[str, Any]:
         """Several at once, each byte read once; arrays of the runtime's kind (strings on the host)."""
-        restore = TensorRead(self)
+        read = TensorRead(self)
         values: dict[str, Any] = dict.fromkeys(names)  # in the order asked for, whatever is delivered first
         for name in names:
-            spec = self.find(name)
-            if spec is None:
+            found = self.find(name)
+            if found is None:
                 raise NotFoundError(f"Key {name} not found in checkpoint {self.prefix}")
+            spec = found.spec
             if spec.dtype is DataType.string:
-                restore.strings(name, functools.partial(_deliver_strings, values, name, spec))
+                read.strings(found, functools.partial(_deliver_strings, values, name, spec))
             else:
-                restore.check_length(name)
+                read.check_length(found)
                 target = allocate(name, spec, runtime)
-                restore.tensor(name, target)
+                read.tensor(found, target)
                 is_scalar = runtime is HOST and not spec.shape
                 values[name] = target.array[()] if is_scalar else target.array
                 if is_scalar:
-                    restore.after(functools.partial(_deliver_scalar, values, name, target))
-        restore.run(Slots(CHUNK_NBYTES), READ_THREADS)
+                    read.after(functools.partial(_deliver_scalar, values, name, target))
+        read.run(Slots(CHUNK_NBYTES), READ_THREADS)
         return values
 
     def debug_string(self) -> bytes:
@@ -110,50 +120,41 @@ class CheckpointReader:
     def __getitem__(self, name: str) -> Any:
         return self.get_tensor(name)
 
-    def find(self, name: str) -> TensorSpec | None:
-        """Dtype and full shape of a tensor, or None."""
-        if self._v1 is not None:
-            found = self._v1.tensors().get(_key(name))
-            return None if found is None else found[0]
-        entry = self.entry(name)
-        return None if entry is None else entry[1].spec
-
-    def entry(self, name: str) -> tuple[bytes, Entry] | None:
-        """Key and index entry of a tensor by any of its names.  Requires: not a V1 checkpoint."""
-        assert self._index is not None
+    def find(self, name: str) -> Located | None:
+        """Where a tensor is, by any of its names; None if it is not there."""
         key = _key(name)
-        found = self._index.get(key) if key else None
-        if found is not None and not (key[0] == 0 and key in self._index.slice_keys()):
-            return key, found
+        if self._v1 is not None:
+            found = self._v1.tensors().get(key)
+            return None if found is None else Located(name, key, found[0], None)
+        assert self._index is not None
+        entry = self._index.get(key) if key else None
+        if entry is not None and not (key[0] == 0 and key in self._index.slice_keys()):
+            return Located(name, key, entry.spec, entry)
         other = self.readable_names.get(name)
-        if other is None:
+        if other is None or (entry := self._index.get(_key(other))) is None:
             return None
-        found = self._index.get(_key(other))
-        return None if found is None else (_key(other), found)
+        return Located(name, _key(other), entry.spec, entry)
 
-    def stored_name(self, name: str) -> str:
-        """The key under which a tensor is stored, for any of its names."""
-        found = self.entry(name) if self._index is not None else None
-        return name if found is None else _text(found[0])
-
-    def same_bytes(self, first: str, second: str) -> bool:
+    def same_bytes(self, first: Located, second: Located) -> bool:
         """Whether two tensors are known to hold equal bytes, from their checksums alone."""
-        entries = [self.entry(name) for name in (first, second)] if self._index is not None else [None]
-        if any(entry is None or entry[1].slices for entry in entries):
+        a, b = first.entry, second.entry
+        if a is None or b is None or a.slices or b.slices:
             return False
-        sums = {(entry[1].nbytes, entry[1].crc) for entry in entries if entry is not None}
-        return len(sums) == 1
+        return (a.nbytes, a.crc) == (b.nbytes, b.crc)
 
     @functools.cached_property
     def readable_names(self) -> dict[str, str]:
         """For object-based checkpoints: other names of a variable -> its key.  Empty for all others."""
-        if self._index is None or self._index.get(OBJECT_GRAPH_KEY) is None:
+        if self._index is None:
             return {}
-        names = {readable: name for name in self if (readable := variable_name(name)) is not None}
+        graph = self._index.get(OBJECT_GRAPH_KEY)
+        if graph is None:
+            return {}
         elements: list[bytes] = []
-        restore = TensorRead(self)
-        restore.strings(OBJECT_GRAPH_KEY.decode(), elements.extend)
-        restore.run(Slots(CHUNK_NBYTES), 1)
+        read = TensorRead(self)
+        read.strings(Located(OBJECT_GRAPH_KEY.decode(), OBJECT_GRAPH_KEY, graph.spec, graph), elements.extend)
+        read.run(Slots(CHUNK_NBYTES), 1)
+        names = {readable: name for name in self if (readable := variable_name(name)) is not None}
         return names | readable_names(elements[0])
 
     def _specs(self) -> dict[str, TensorSpec]:
@@ -172,41 +173,39 @@ class TensorRead:
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
         self._v1 = reader._v1
-        self._after: list[Any] = []
+        self._after: list[Callable[[], object]] = []
         self._assembly = None
         if reader._index is not None:
             self._assembly = Assembly(reader._index, reader.prefix, reader._storage)
 
-    def tensor(self, name: str, target: Target, wanted: TensorSlice | None = None) -> None:
-        """Requires: the reader has ``name``, of a fixed-size type; the target has its shape or that of ``wanted``."""
-        if self._assembly is not None:
-            key, entry = self._entry(name)
-            self._assembly.add_tensor(key, entry, target, wanted)
+    def tensor(self, found: Located, target: Target, wanted: TensorSlice | None = None) -> None:
+        """Requires: a fixed-size type; the target has the tensor's shape, or that of ``wanted``."""
+        if self._assembly is not None and found.entry is not None:
+            self._assembly.add_tensor(found.key, found.entry, target, wanted)
             return
         assert self._v1 is not None
-        values = self._v1.get_array(_key(name))
+        values = self._v1.get_array(found.key)
         part = values if wanted is None else cut(values, wanted.index(values.shape))
         self._after.append(lambda: upload(target, part))
 
-    def strings(self, name: str, deliver: Any) -> None:
-        if self._assembly is not None:
-            _, entry = self._entry(name)
-            self._assembly.add_strings(name, entry, deliver)
+    def strings(self, found: Located, deliver: Callable[[list[bytes]], None]) -> None:
+        """``deliver`` gets the elements of a string tensor when everything is read and verified."""
+        if self._assembly is not None and found.entry is not None:
+            self._assembly.add_strings(found.name, found.entry, deliver)
             return
         assert self._v1 is not None
-        items = list(self._v1.get_array(_key(name)).reshape(-1))
+        items = list(self._v1.get_array(found.key).reshape(-1))
         self._after.append(lambda: deliver(items))
 
-    def check_length(self, name: str) -> None:
+    def check_length(self, found: Located) -> None:
         """Before memory is allocated: OutOfRangeError if the data file is too short for the tensor."""
-        if self._assembly is None:
-            return
-        key, entry = self._entry(name)
         index = self._reader._index
-        parts = [index.get(slice_key(key, part)) for part in entry.slices] if index is not None else []
-        self._assembly.check_lengths([(name, part) for part in (entry, *parts) if part is not None])
+        if self._assembly is None or found.entry is None or index is None:
+            return
+        parts = [index.get(slice_key(found.key, part)) for part in found.entry.slices]
+        self._assembly.check_lengths([(found.name, part) for part in (found.entry, *parts) if part is not None])
 
-    def after(self, call: Any) -> None:
+    def after(self, call: Callable[[], object]) -> None:
         """``call()`` runs when everything is read and verified."""
         self._after.append(call)
 
@@ -216,12 +215,6 @@ class TensorRead:
             self._assembly.run(slots, threads, verify_first=verify_first)
         for call in self._after:
             call()
-
-    def _entry(self, name: str) -> tuple[bytes, Entry]:
-        found = self._reader.entry(name)
-        if found is None:
-            raise NotFoundError(f"Key {name} not found in checkpoint {self._reader.prefix}")
-        return found
 
 
 def _deliver_strings(values: dict[str, Any], name: str, spec: TensorSpec, items: list[bytes]) -> None:

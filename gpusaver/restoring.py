@@ -16,8 +16,8 @@ from gpusaver.device.host import byte_bounds
 from gpusaver.errors import Error, InvalidArgumentError, NotFoundError
 from gpusaver.pipeline.assemble import Target
 from gpusaver.pipeline.workers import Slots
-from gpusaver.reader import CheckpointReader, TensorRead
-from gpusaver.tensor import DataType, TensorSpec
+from gpusaver.reader import CheckpointReader, Located, TensorRead
+from gpusaver.tensor import DataType
 from gpusaver.variables import Leaf
 
 _log = logging.getLogger("gpusaver")
@@ -46,9 +46,9 @@ class RestoreReport:
 
     @functools.cached_property
     def unexpected(self) -> list[str]:
-        wanted = {*self.restored, *self.skipped}
-        wanted |= {self._reader.stored_name(name) for name in wanted}
-        return [name for name in self._reader if name not in wanted]
+        located = [self._reader.find(name) for name in (*self.restored, *self.skipped)]
+        wanted = {found.key for found in located if found is not None}
+        return [name for name in self._reader if name.encode("utf-8", "surrogateescape") not in wanted]
 
     def __repr__(self) -> str:
         return (
@@ -60,7 +60,7 @@ class RestoreReport:
 class _Match(NamedTuple):
     leaf: Leaf
     admitted: Admitted
-    stored: TensorSpec
+    found: Located
 
 
 def restore_leaves(
@@ -99,10 +99,11 @@ def _match(
     missing: list[str] = []
     mismatched: list[tuple[str, str]] = []
     for leaf in leaves:
-        stored = reader.find(leaf.name)
-        if stored is None:
+        found = reader.find(leaf.name)
+        if found is None:
             missing.append(leaf.name)
             continue
+        stored = found.spec
         admitted = admit(leaf.value, leaf.name, leaf.dtype)
         dtype = admitted.spec.dtype
         shape = admitted.spec.shape if leaf.part is None else leaf.part.full_shape
@@ -114,7 +115,7 @@ def _match(
             complaint = f"expected shape {list(shape)} does not equal stored shape {list(stored.shape)}"
             mismatched.append((leaf.name, f"tensor_name = {leaf.name}; {complaint}"))
         else:
-            matches.append(_Match(leaf, admitted, stored))
+            matches.append(_Match(leaf, admitted, found))
     return matches, list(dict.fromkeys(missing)), list(dict(mismatched).items())
 
 
@@ -159,7 +160,8 @@ def _with_suggestions(missing: Iterable[str], reader: CheckpointReader) -> list[
 
 
 def _plan(read: TensorRead, match: _Match, values: dict[str, Any]) -> None:
-    leaf, admitted, stored = match
+    leaf, admitted, found = match
+    stored = found.spec
     wanted = None if leaf.part is None or leaf.part.slice.is_whole(stored.shape) else leaf.part.slice
 
     def replace(restored: Any) -> None:
@@ -168,17 +170,17 @@ def _plan(read: TensorRead, match: _Match, values: dict[str, Any]) -> None:
         leaf.replace(values[leaf.name])
 
     if stored.dtype is DataType.string:
-        read.strings(leaf.name, replace)
+        read.strings(found, replace)
         return
     shape = admitted.spec.shape if wanted is not None else stored.shape
     if admitted.rebuild is None:
         array = admitted.array
         if shape != admitted.spec.shape:
             array = _reshaped_view(leaf.name, array, shape)
-        read.tensor(leaf.name, Target(leaf.name, admitted.runtime, array, in_place=True), wanted)
+        read.tensor(found, Target(leaf.name, admitted.runtime, array, in_place=True), wanted)
         return
     fresh = np.empty(shape, admitted.array.dtype)
-    read.tensor(leaf.name, Target(leaf.name, admitted.runtime, fresh, in_place=False), wanted)
+    read.tensor(found, Target(leaf.name, admitted.runtime, fresh, in_place=False), wanted)
     read.after(lambda: replace(fresh.reshape(admitted.spec.shape)))
 
 
@@ -198,6 +200,9 @@ def _reshaped_view(name: str, array: Any, shape: tuple[int, ...]) -> Any:
 
 def _check_targets(matches: Sequence[_Match], reader: CheckpointReader) -> None:
     """Refuses memory that cannot hold what is restored: two elements, or two tensors, in one place."""
+    arrays = [match.admitted.array for match in matches]
+    if all(type(a) is np.ndarray and a.base is None for a in arrays) and len({*map(id, arrays)}) == len(arrays):
+        return  # each owns its memory
     spans: list[tuple[int, int, _Match]] = []
     for match in matches:
         array = match.admitted.array
@@ -221,7 +226,7 @@ def _check_pair(reader: CheckpointReader, first: _Match, second: _Match) -> None
     """``first`` and ``second`` lie in overlapping stretches of memory."""
     a, b = first.leaf.name, second.leaf.name
     if _is_tied(first, second):
-        if not reader.same_bytes(a, b):
+        if not reader.same_bytes(first.found, second.found):
             raise InvalidArgumentError(
                 f"{a} and {b} are one array, but the checkpoint stores different values for them"
             )

@@ -41,7 +41,7 @@ class Retention:
     each save gives up at most one checkpoint.
 
     A checkpoint in ``RetentionDecision.delete`` is forgotten at once: if removing it fails, its files stay.
-    Not thread-safe: the Saver serialises its saves.
+    The list may be read from any thread while another changes it; changes must come one after the other.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class Retention:
         self._period = float(hours) * 3600
         self._next_time = start_time + self._period
         #: Absolute path -> (path as given, time), oldest first.  One file has one entry, however its path is spelt:
-        #: else ``d/k`` would be deleted as surplus of the same file saved as ``./d/k``.
+        #: else ``d/k`` would be deleted as surplus of the same file saved as ``./d/k``.  Replaced, never changed: a
+        #: background save must not disturb a thread that reads the list.
         self._last: dict[str, tuple[str, float]] = {}
 
     @property
@@ -85,31 +86,35 @@ class Retention:
 
     def set_last_checkpoints_with_time(self, paths_and_times: Iterable[tuple[str, float]]) -> None:
         """Replaces the list by pairs (path, seconds since the epoch), oldest first; the argument is copied."""
-        self._last = {}
+        last: dict[str, tuple[str, float]] = {}
         for path, time in paths_and_times:
-            self._append(path, time)
+            _append(last, path, time)
+        self._last = last
 
     def added(self, path: str, now: float) -> RetentionDecision:
         """Takes note that ``path`` was saved at ``now``.
 
         A path that is listed already moves to the end; nothing is deleted for it.
         """
+        last = dict(self._last)
         delete = []
         if self._max_to_keep != 0:
-            self._append(path, now)
-            surplus = min(len(self._last) - self._max_to_keep, self._surplus_per_save)
-            for identity in list(self._last)[: max(surplus, 0)]:
-                old, time = self._last.pop(identity)
+            _append(last, path, now)
+            surplus = min(len(last) - self._max_to_keep, self._surplus_per_save)
+            for identity in list(last)[: max(surplus, 0)]:
+                old, time = last.pop(identity)
                 if time > self._next_time or time == math.inf:
                     self._next_time += self._period
                 else:
                     delete.append(old)
-        listed = self.last_checkpoints
+            self._last = last
+        listed = [path for path, _ in last.values()]
         if not listed or listed[-1] != path:
             listed.append(path)
         return RetentionDecision(listed, delete)
 
-    def _append(self, path: str, time: float) -> None:
-        identity = os.path.abspath(path)
-        self._last.pop(identity, None)
-        self._last[identity] = (path, time)
+
+def _append(last: dict[str, tuple[str, float]], path: str, time: float) -> None:
+    identity = os.path.abspath(path)
+    last.pop(identity, None)
+    last[identity] = (path, time)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-from gpusaver.bundle.index import encode_index
 from gpusaver.checkpoint_state import (
     DEFAULT_STATE_FILENAME,
     PathLike,
@@ -294,7 +293,7 @@ class Saver:
                 cancelled=pending.cancel_requested,
             )
             checksums.update(save.string_checksums)
-            index = encode_index(commit.num_shards, save.plan.entries(checksums))
+            index = save.plan.index(commit.num_shards, checksums)
             pending.begin_commit()
             commit.publish(index)
             if finish is not None:

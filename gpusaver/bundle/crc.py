@@ -12,9 +12,11 @@ All functions are pure and may be called from any thread; :func:`crc32c` release
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, overload
 
 import fastcrc
+import numpy as np
+import numpy.typing as npt
 
 _MASK_DELTA = 0xA282EAD8
 _POLYNOMIAL = 0x82F63B78  # reflected: bit 31 is the coefficient of x^0
@@ -26,8 +28,18 @@ def crc32c(buffer: Any, value: int = 0) -> int:
     return fastcrc.crc32.iscsi(buffer, value)
 
 
-def mask(crc: int) -> int:
-    """The form in which a checksum is stored."""
+@overload
+def mask(crc: int) -> int: ...
+
+
+@overload
+def mask(crc: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]: ...
+
+
+def mask(crc: Any) -> Any:
+    """The form in which a checksum, or each of an array of them, is stored."""
+    if isinstance(crc, np.ndarray):
+        return ((crc >> np.uint32(15)) | (crc << np.uint32(17))) + np.uint32(_MASK_DELTA)
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 

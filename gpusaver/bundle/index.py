@@ -12,20 +12,22 @@ Keys are bytes here; ``str`` is a matter of the layers above.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from gpusaver.bundle.coding import printable
 from gpusaver.bundle.entry import Entry, decode_entry, encode_entry
 from gpusaver.bundle.slices import slice_key
 from gpusaver.bundle.table_reader import Table
-from gpusaver.bundle.table_writer import TableWriter
+from gpusaver.bundle.table_writer import TRAILER_NBYTES, TableWriter, block_trailer
 from gpusaver.bundle.version import VERSION, check_version
 from gpusaver.errors import DataLossError, UnimplementedError
 from gpusaver.protos import tensor_bundle_pb2
 
-__all__ = ["BundleIndex", "Entry", "encode_index"]
+__all__ = ["BundleIndex", "Entry", "IndexTemplate", "encode_index"]
 
 _HEADER_KEY = b""
 
@@ -100,11 +102,51 @@ def encode_index(num_shards: int, entries: Iterable[tuple[bytes, Entry]]) -> byt
 
     Requires: keys ascend.  Raises InvalidArgumentError for a key that is empty or given twice.
     """
+    writer = _writer(num_shards)
+    for key, entry in entries:
+        writer.add(key, encode_entry(entry))
+    return writer.finish()
+
+
+def _writer(num_shards: int) -> TableWriter:
     header = tensor_bundle_pb2.BundleHeaderProto(num_shards=num_shards)
     header.version.producer = VERSION
     writer = TableWriter()
-    add = writer.add
-    add(_HEADER_KEY, header.SerializeToString(deterministic=True))
-    for key, entry in entries:
-        add(key, encode_entry(entry))
-    return writer.finish()
+    writer.add(_HEADER_KEY, header.SerializeToString(deterministic=True))
+    return writer
+
+
+class IndexTemplate:
+    """The index of a layout that is saved again and again: only the checksums of the tensors change.
+
+    A checksum is the last field of an entry, four bytes at a place that is known, unless it is 0 and left out.
+    """
+
+    def __init__(self, num_shards: int, entries: Sequence[tuple[bytes, Entry]]) -> None:
+        """As :func:`encode_index`; the checksums given do not matter.  Entries with slices have none."""
+        self._num_shards = num_shards
+        self._entries = entries
+        writer = _writer(num_shards)
+        ends = [
+            writer.add(key, encode_entry(entry if entry.slices else entry._replace(crc=1))) for key, entry in entries
+        ]
+        self._data = np.frombuffer(writer.finish(), np.uint8)
+        self._blocks = writer.data_blocks
+        has_crc = np.fromiter((not entry.slices for _, entry in entries), np.bool_, len(entries))
+        self._places = (np.array(ends, np.int64)[has_crc, None] - 4) + np.arange(4)
+        self._has_crc = has_crc
+
+    def fill(self, masked: npt.NDArray[np.uint32]) -> bytes:
+        """The index with these checksums, masked, one for each entry."""
+        if not masked[self._has_crc].all():
+            pairs = zip(self._entries, masked.tolist(), strict=True)
+            return encode_index(
+                self._num_shards,
+                [(key, entry if entry.slices else entry._replace(crc=crc)) for (key, entry), crc in pairs],
+            )
+        data = self._data.copy()
+        data[self._places] = masked[self._has_crc].astype("<u4").view(np.uint8).reshape(-1, 4)
+        for offset, nbytes in self._blocks:
+            end = offset + nbytes
+            data[end : end + TRAILER_NBYTES] = np.frombuffer(block_trailer(data[offset:end].data), np.uint8)
+        return data.tobytes()

@@ -24,6 +24,9 @@ _KEY_ALLOWANCE = 1 << 20
 
 _MAX_UNCOMPRESSED_BLOCK = 64 << 20
 
+#: A lookup that searches a block costs as much as decoding 50 entries; a block holds thousands.
+_LOOKUPS_BEFORE_DICT = 64
+
 
 class Table:
     """The sorted entries of a table file held in ``data``; ``name`` says in messages which file it is.
@@ -160,8 +163,15 @@ class _Block:
         #: Entries from bounds[i] up to bounds[i + 1] form a run whose first key is stored whole.
         self._bounds = [start + offset for offset in restarts] + [end]
         self._key_allowance = _KEY_EXPANSION * (stop - start) + _KEY_ALLOWANCE
+        self._lookups = 0
+        self._all: dict[bytes, bytes] | None = None
 
     def get(self, key: bytes) -> bytes | None:
+        self._lookups += 1
+        if self._all is None and self._lookups > _LOOKUPS_BEFORE_DICT:
+            self._all = dict(self.entries())
+        if self._all is not None:
+            return self._all.get(key)
         # The key can only be in the last of the runs that do not begin after it.
         run = bisect.bisect_right(range(len(self._bounds) - 1), key, key=self._first_key) - 1
         if run >= 0:

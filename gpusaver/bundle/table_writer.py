@@ -45,12 +45,14 @@ class TableWriter:
         self._block = _BlockBuilder(restart_interval)
         self._index = _BlockBuilder(index_restart_interval)
         self._chunks: list[bytes] = []
+        #: Offset and size of every data block written so far.
+        self.data_blocks: list[tuple[int, int]] = []
         self._nbytes = 0
         self._last_key: bytes | None = None
         self._pending: tuple[bytes, bytes] | None = None
 
-    def add(self, key: bytes, value: bytes) -> None:
-        """Appends an entry.
+    def add(self, key: bytes, value: bytes) -> int:
+        """Appends an entry; returns the offset in the file at which its value ends.
 
         Requires: keys ascend as unsigned bytes.  Raises InvalidArgumentError for a key given twice.
         """
@@ -65,8 +67,11 @@ class TableWriter:
             if self._pending is not None:
                 self._add_to_index(_separator(self._pending[0], key))
         self._last_key = key
-        if self._block.add(key, value) >= self._block_nbytes:
+        block_nbytes = self._block.add(key, value)
+        value_end = self._nbytes + self._block.content_nbytes
+        if block_nbytes >= self._block_nbytes:
             self._finish_block()
+        return value_end
 
     def finish(self) -> bytes:
         """The whole file.  The writer cannot be used afterwards."""
@@ -81,7 +86,9 @@ class TableWriter:
         if self._block.is_empty:
             return
         assert self._last_key is not None
-        self._pending = (self._last_key, self._append(self._block.finish()))
+        block = self._block.finish()
+        self.data_blocks.append((self._nbytes, len(block)))
+        self._pending = (self._last_key, self._append(block))
 
     def _add_to_index(self, separator: bytes) -> None:
         assert self._pending is not None
@@ -90,10 +97,15 @@ class TableWriter:
 
     def _append(self, block: bytes) -> bytes:
         handle = varint(self._nbytes) + varint(len(block))
-        kind = bytes((PLAIN,))
-        self._chunks += block, kind, mask(crc32c(kind, crc32c(block))).to_bytes(4, "little")
+        self._chunks += block, block_trailer(block)
         self._nbytes += len(block) + TRAILER_NBYTES
         return handle
+
+
+def block_trailer(block: bytes | memoryview) -> bytes:
+    """What follows an uncompressed block."""
+    kind = bytes((PLAIN,))
+    return kind + mask(crc32c(kind, crc32c(block))).to_bytes(4, "little")
 
 
 class _BlockBuilder:
@@ -111,6 +123,10 @@ class _BlockBuilder:
     @property
     def is_empty(self) -> bool:
         return not self._content
+
+    @property
+    def content_nbytes(self) -> int:
+        return len(self._content)
 
     def add(self, key: bytes, value: bytes) -> int:
         """Appends an entry; returns the size of the block so far."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from gpusaver.bundle.crc import mask
-from gpusaver.bundle.index import Entry
+from gpusaver.bundle.index import Entry, IndexTemplate
 from gpusaver.bundle.layout import Layout, plan_layout
 from gpusaver.bundle.slices import check_tiling, slice_key
 from gpusaver.bundle.strings import encode_strings
 from gpusaver.device import HOST, Admitted, Runtime, admit
 from gpusaver.errors import InternalError, InvalidArgumentError
 from gpusaver.pipeline.save import Source
-from gpusaver.tensor import TensorSpec
+from gpusaver.tensor import TensorSlice, TensorSpec
 from gpusaver.variables import Leaf
 
 #: The masked checksum of no bytes.
@@ -31,26 +32,49 @@ class Item(NamedTuple):
     tensor: int
 
 
+class _Row(NamedTuple):
+    """What the plan depends on, for one leaf.  ``array_dtype``: of a NumPy array that owns its memory, else None."""
+
+    name: str
+    spec: TensorSpec
+    tensor: int
+    device: str
+    nbytes: int
+    part: TensorSlice | None
+    full_shape: tuple[int, ...] | None
+    array_dtype: Any
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``partitioned``: the entries of partitioned tensors, which have no bytes of their own."""
+    """Where everything goes.  ``rows`` is the signature: the plan holds as long as it stays the same."""
 
-    signature: list[Any]
+    rows: list[_Row]
     items: list[Item]
+    #: The entries of partitioned tensors, which have no bytes of their own.
     partitioned: list[tuple[bytes, Entry]]
     layout: Layout
+    _templates: dict[int, tuple[IndexTemplate, npt.NDArray[np.int64]]] = field(default_factory=dict)
 
-    def entries(self, checksums: dict[int, int]) -> Iterator[tuple[bytes, Entry]]:
-        """The index, in key order; ``checksums`` by tensor number, unmasked."""
+    def index(self, num_shards: int, checksums: dict[int, int]) -> bytes:
+        """The index file; ``checksums`` by tensor number, unmasked (tensors without bytes need none)."""
+        if num_shards not in self._templates:
+            self._templates[num_shards] = self._template(num_shards)
+        template, tensors = self._templates[num_shards]
+        masked = np.full(len(self.layout.nbytes) + 1, _EMPTY_CRC, np.uint32)
+        numbers = np.fromiter(checksums.keys(), np.int64, len(checksums))
+        masked[numbers] = mask(np.fromiter(checksums.values(), np.uint32, len(checksums)))
+        return template.fill(masked[tensors])
+
+    def _template(self, num_shards: int) -> tuple[IndexTemplate, npt.NDArray[np.int64]]:
+        """The index without checksums, and for each entry the number of its tensor (-1: partitioned, has none)."""
         shard, offset, nbytes = (c.tolist() for c in (self.layout.shard, self.layout.offset, self.layout.nbytes))
-        entries = [
-            (key, Entry(spec, shard[t], offset[t], nbytes[t], mask(checksums[t]) if t in checksums else _EMPTY_CRC))
-            for key, spec, t in self.items
-        ]
+        entries = [(key, Entry(spec, shard[t], offset[t], nbytes[t], 0), t) for key, spec, t in self.items]
         if self.partitioned:
-            entries += self.partitioned
-            entries.sort(key=lambda entry: entry[0])
-        return iter(entries)
+            entries += [(key, entry, -1) for key, entry in self.partitioned]
+            entries.sort(key=lambda row: row[0])
+        tensors = np.fromiter((t for _, _, t in entries), np.int64, len(entries))
+        return IndexTemplate(num_shards, [(key, entry) for key, entry, _ in entries]), tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +93,59 @@ class Save:
 
 
 def plan_save(leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None) -> Save:
-    """Raises TypeError for leaves that cannot be stored, InvalidArgumentError for slices that overlap."""
+    """Raises TypeError for leaves that cannot be stored, InvalidArgumentError for slices that overlap.
+
+    Requires: ``cached`` is a plan for leaves of the same names, and for the same ``sharded``.
+    """
     sources: list[Source] = []
     strings: dict[int, int] = {}
     numbers: dict[Any, int] = {}
-    signature: list[Any] = [sharded]
-    plain_arrays = all(type(leaf.value) is not np.ndarray or leaf.value.base is None for leaf in leaves)
+    rows: list[_Row] = []
+    own_memory = all(type(leaf.value) is not np.ndarray or leaf.value.base is None for leaf in leaves)
+    cached_rows = cached.rows if cached is not None and own_memory and len(cached.rows) == len(leaves) else None
     for leaf in leaves:
-        admitted = admit(leaf.value, leaf.name, leaf.dtype)
-        array, identity = admitted.array, None
-        if admitted.items is not None:
-            stored, strings[len(sources)] = encode_strings(admitted.items)
-            array = np.frombuffer(stored, np.uint8)
-        else:
-            identity = _identity(admitted, plain_arrays)
-        number = numbers.setdefault(identity, len(sources)) if identity is not None else len(sources)
-        if number == len(sources):
-            sources.append(Source(admitted.runtime, array))
-        slice_ = leaf.part.slice if leaf.part is not None else None
-        full_shape = leaf.part.full_shape if leaf.part is not None else None
-        label = leaf.device or admitted.runtime.name
-        signature.append((leaf.name, admitted.spec, number, label, array.nbytes, slice_, full_shape))
-    if cached is None or cached.signature != signature:
-        cached = _make_plan(leaves, signature, sources, sharded)
+        value = leaf.value
+        if cached_rows is not None and type(value) is np.ndarray:
+            row, number = cached_rows[len(rows)], len(sources)
+            is_same = row.array_dtype == value.dtype and row.spec.shape == value.shape and row.tensor == number
+            if is_same and numbers.setdefault(id(value), number) == number:
+                rows.append(row)
+                sources.append(Source(HOST, value))
+                continue
+        rows.append(_admit(leaf, own_memory, sources, strings, numbers))
+    if cached is None or cached.rows != rows:
+        cached = _make_plan(leaves, rows, sources, sharded)
     return Save(cached, sources, strings)
 
 
-def _identity(admitted: Admitted, plain_arrays: bool) -> Any:
+def _admit(
+    leaf: Leaf, own_memory: bool, sources: list[Source], strings: dict[int, int], numbers: dict[Any, int]
+) -> _Row:
+    """Adds the leaf to the sources, unless its bytes are there already, and describes it."""
+    admitted = admit(leaf.value, leaf.name, leaf.dtype)
+    array = admitted.array
+    if admitted.items is not None:
+        number = len(sources)
+        stored, strings[number] = encode_strings(admitted.items)
+        array = np.frombuffer(stored, np.uint8)
+    else:
+        number = numbers.setdefault(_identity(admitted, own_memory), len(sources))
+    if number == len(sources):
+        sources.append(Source(admitted.runtime, array))
+    part = leaf.part
+    return _Row(
+        leaf.name,
+        admitted.spec,
+        number,
+        leaf.device or admitted.runtime.name,
+        array.nbytes,
+        part.slice if part is not None else None,
+        part.full_shape if part is not None else None,
+        array.dtype if own_memory and array is leaf.value else None,
+    )
+
+
+def _identity(admitted: Admitted, own_memory: bool) -> Any:
     """Equal for arrays that are the same bytes: tied variables are stored once.
 
     NumPy arrays that own their memory are the same bytes only if they are the same object, which is cheaper to see.
@@ -103,24 +153,24 @@ def _identity(admitted: Admitted, plain_arrays: bool) -> Any:
     array = admitted.array
     if admitted.runtime is not HOST:
         return (array.data.ptr, array.shape, array.strides, array.dtype, admitted.runtime.name)
-    if plain_arrays:
+    if own_memory:
         return id(array)
     return (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype)
 
 
-def _make_plan(leaves: Sequence[Leaf], signature: list[Any], sources: Sequence[Source], sharded: bool) -> Plan:
+def _make_plan(leaves: Sequence[Leaf], rows: list[_Row], sources: Sequence[Source], sharded: bool) -> Plan:
     runtimes = sorted({source.runtime.name: source.runtime for source in sources}.values(), key=_devices_first)
     owner_numbers = {runtime.name: number for number, runtime in enumerate(runtimes)}
-    shard_names = sorted({row[3] for row in signature[1:]}) if sharded else []
+    shard_names = sorted({row.device for row in rows}) if sharded else []
     shard_numbers = {name: number for number, name in enumerate(shard_names)}
     nbytes = [0] * len(sources)
     shards = [0] * len(sources)
     items: list[Item] = []
     parts: dict[bytes, list[tuple[Leaf, TensorSpec]]] = {}
-    for leaf, (name, spec, tensor, label, size, part, _) in zip(leaves, signature[1:], strict=True):
+    for leaf, (name, spec, tensor, device, size, part, full_shape, _) in zip(leaves, rows, strict=True):
         key = name.encode("utf-8", "surrogateescape")
-        nbytes[tensor], shards[tensor] = size, shard_numbers.get(label, 0)
-        if part is not None and not part.is_whole(leaf.part.full_shape):  # type: ignore[union-attr]
+        nbytes[tensor], shards[tensor] = size, shard_numbers.get(device, 0)
+        if part is not None and full_shape is not None and not part.is_whole(full_shape):
             parts.setdefault(key, []).append((leaf, spec))
             key = slice_key(key, part)
         items.append(Item(key, spec, tensor))
@@ -135,7 +185,7 @@ def _make_plan(leaves: Sequence[Leaf], signature: list[Any], sources: Sequence[S
         max(1, len(shard_names)),
         small_alignment=[runtime.small_alignment for runtime in runtimes],
     )
-    return Plan(signature, items, partitioned, layout)
+    return Plan(rows, items, partitioned, layout)
 
 
 def _devices_first(runtime: Runtime) -> tuple[bool, str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +20,7 @@ from gpusaver.storage.base import ReadableFile
 _MAX_GAP = 64 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """All bytes of one entry, into an array of as many bytes.
 
     ``name`` is for messages and for ``DataLossError.modified`` (None: nobody's own memory is written).  Entries of
