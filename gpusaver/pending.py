@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import enum
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gpusaver.errors import CancelledError
+from gpusaver.errors import CancelledError, FailedPreconditionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,11 @@ class PendingSave:
         self._state = _State.WORKING
         self._lock = threading.Lock()
         self._delivered = False
+        self._process = os.getpid()
 
     def result(self, timeout: float | None = None) -> str:
         """The prefix, when the checkpoint is durable; raises the save's error, or TimeoutError after ``timeout`` s."""
+        self._check_process()
         try:
             prefix = self._future.result(timeout)
         except BaseException:
@@ -67,6 +70,7 @@ class PendingSave:
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The save's error, or None; waits for the end of the save."""
+        self._check_process()
         error = self._future.exception(timeout)
         self._delivered = True
         return error
@@ -79,6 +83,7 @@ class PendingSave:
 
     def cancel(self) -> bool:
         """Asks the save to stop; True if it will not be committed (then :meth:`result` raises CancelledError)."""
+        self._check_process()
         with self._lock:
             if self._state is _State.WORKING:
                 self._state = _State.CANCELLING
@@ -91,6 +96,7 @@ class PendingSave:
 
     def wait_captured(self, timeout: float | None = None) -> bool:
         """Blocks until the variables may be changed, or the save has ended; False after ``timeout`` seconds."""
+        self._check_process()
         return self._captured.wait(timeout)
 
     def fence(self, stream: Any = None) -> None:
@@ -99,9 +105,15 @@ class PendingSave:
         ``stream`` (a CuPy stream, or anything with ``__cuda_stream__``) is where the changing work will be queued.
         The copies of this runtime have finished on the host's clock by then, so any stream will do.
         """
-        self._captured.wait()
+        self.wait_captured()
         if self._future.done() and self._future.exception() is not None:
             self.result()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise FailedPreconditionError(
+                "this save was started before a fork; only the parent process can wait for it"
+            )
 
     # Called by the Saver.
 

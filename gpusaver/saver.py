@@ -196,8 +196,9 @@ class Saver:
     ) -> PendingSave | None:
         prefix = self._prefix(save_path, global_step)
         state_name = _state_name(latest_filename, prefix, plain=global_step is None and not self._sharded)
+        self._check_process()  # before the lock: in a child it may be held by a thread that is not there
         with self._lock:
-            self._check_usable()
+            self._check_open()
             if self._names is None:
                 raise RuntimeError("`build()` should be called before save if defer_build==True")
             if not self._is_free(when_busy):
@@ -346,8 +347,9 @@ class Saver:
         prefix = _fs_path(save_path, "save_path")
         if verify not in ("during", "before"):
             raise ValueError(f"verify: expected 'during' or 'before', found {verify!r}")
+        self._check_process()  # before the lock: in a child it may be held by a thread that is not there
         with self._lock:
-            self._check_usable()
+            self._check_open()
             if self._names is None:
                 raise RuntimeError("`build()` should be called before restore if defer_build==True")
             if self._pending is not None:
@@ -412,9 +414,11 @@ class Saver:
         except Exception as masked:  # the body's own error is the one to see
             _log.error("while another exception was raised, a background save failed: %s", masked)
 
-    def _check_usable(self) -> None:
+    def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise FailedPreconditionError("this Saver was made before a fork; make a new one in the child process")
+
+    def _check_open(self) -> None:
         if self._closed:
             raise FailedPreconditionError("this Saver is closed")
 

@@ -8,7 +8,10 @@ Python's ``import cupy`` works without a driver; then the first call here raises
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +23,31 @@ from gpusaver.device.host import copy_elements
 from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
 from gpusaver.tensor import TensorSpec
 
+_log = logging.getLogger("gpusaver")
+
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+
+
+def _installed_wheels() -> list[str]:
+    names = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-7-0")
+    found = []
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return found
+
+
+def _warn_about_two_wheels() -> None:
+    """They overwrite each other's files, so which one runs is chance, and removing one breaks the other."""
+    wheels = _installed_wheels()
+    if len(wheels) > 1:
+        _log.warning(
+            "two CuPy packages are installed in one environment (%s): uninstall all of them, then install one",
+            " and ".join(wheels),
+        )
+
+
+_warn_about_two_wheels()
 
 
 class _Copied:

@@ -50,6 +50,8 @@ class Assembly:
         self._prefix = prefix
         self._storage = storage
         self._reads: list[Read] = []
+        self._string_reads: list[Read] = []
+        self._decode: list[Callable[[], None]] = []
         self._finish: list[Callable[[], None]] = []
 
     def add_tensor(self, key: bytes, entry: Entry, target: Target, wanted: TensorSlice | None = None) -> None:
@@ -105,15 +107,15 @@ class Assembly:
             raise UnimplementedError(f"tensor {name}: string tensors stored in slices cannot be put together")
         self._check_length(entry, name)
         memory = np.empty(entry.nbytes, np.uint8)
-        self._reads.append(Read(entry, HOST, memory, name, in_place=False, checked=False))
+        self._string_reads.append(Read(entry, HOST, memory, name, in_place=False, checked=False))
         count, big_endian = entry.spec.num_elements, self._index.big_endian
         where = f"{name} in {data_path(self._prefix, entry.shard, self._index.num_shards)}"
 
-        def finish() -> None:
-            deliver(decode_strings(memory.data, count, where, unmask(entry.crc), big_endian=big_endian))
+        def decode() -> None:
+            items = decode_strings(memory.data, count, where, unmask(entry.crc), big_endian=big_endian)
+            self._finish.append(lambda: deliver(items))
 
-        # Strings first: they can still find damage, and then nothing else has been changed.
-        self._finish.insert(0, finish)
+        self._decode.append(decode)
 
     def run(self, slots: Slots, threads: int, *, verify_first: bool = False) -> None:
         """Reads and verifies everything, then delivers.
@@ -122,12 +124,18 @@ class Assembly:
         targets already touched), OutOfRangeError and NotFoundError for data files that are short or missing.
         """
         files: dict[int, ReadableFile] = {}
+        all_reads = self._string_reads + self._reads
         with contextlib.ExitStack() as stack:
-            for shard in sorted({read.entry.shard for read in self._reads if read.entry.nbytes}):
+            for shard in sorted({read.entry.shard for read in all_reads if read.entry.nbytes}):
                 files[shard] = self._storage.open(self._data_path(shard))
                 stack.callback(files[shard].close)
-            for read in self._reads:
+            for read in all_reads:
                 self._check_length(read.entry, read.name, files)
+            if self._string_reads:
+                # They go into memory of our own and show their damage when decoded: then nothing has been changed yet.
+                read_entries(self._string_reads, files, slots, threads, describe=self._data_path)
+                for decode in self._decode:
+                    decode()
             for keep in (False, True) if verify_first else (True,):
                 read_entries(self._reads, files, slots, threads, describe=self._data_path, keep=keep)
         for finish in self._finish:
