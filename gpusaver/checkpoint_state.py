@@ -70,11 +70,11 @@ def get_checkpoint_state(
 
     Returns None if there is no state file, or if it cannot be read or parsed (then a warning is logged).
 
-    An entry inside ``checkpoint_dir`` is followed, whether or not its files still exist.  Any other entry (an absolute
-    path from another machine, ``../x``) is replaced by its base name in ``checkpoint_dir`` if that is a checkpoint:
-    so a directory may be moved or copied.  Otherwise it is left out with a warning, and if it was the newest,
-    ``model_checkpoint_path`` is empty.  With ``allow_outside=True`` entries outside are followed as TensorFlow does;
-    the base name is then tried only if there is no checkpoint where the entry points.
+    An entry inside ``checkpoint_dir`` is followed (symbolic links too), whether or not its files exist.  Any other
+    entry (an absolute path from another machine, ``../x``) is replaced by its base name in ``checkpoint_dir`` if that
+    is a checkpoint: so a directory may be moved or copied.  Otherwise it is left out with a warning, and if it was the
+    newest, ``model_checkpoint_path`` is empty.  With ``allow_outside=True`` entries outside are followed as TensorFlow
+    does; the base name is then tried only if there is no checkpoint where the entry points.
 
     Raises InvalidArgumentError (a ValueError) if the file parses but names no newest checkpoint, or if a resulting
     path is not valid UTF-8, which the message cannot hold.

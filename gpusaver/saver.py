@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import os
@@ -14,6 +15,7 @@ from gpusaver.checkpoint_state import (
     DEFAULT_STATE_FILENAME,
     PathLike,
     checkpoint_times,
+    generate_checkpoint_state_proto,
     remove_checkpoint,
     update_checkpoint_state,
 )
@@ -196,6 +198,8 @@ class Saver:
     ) -> PendingSave | None:
         prefix = self._prefix(save_path, global_step)
         state_name = _state_name(latest_filename, prefix, plain=global_step is None and not self._sharded)
+        if write_state:  # finds a prefix that the state file cannot hold before anything is written
+            generate_checkpoint_state_proto(os.path.dirname(prefix), prefix)
         self._check_process()  # before the lock: in a child it may be held by a thread that is not there
         with self._lock:
             self._check_open()
@@ -307,7 +311,8 @@ class Saver:
         pending.finish(len(save.plan.items), sum(layout.nbytes.tolist()))
 
     def _update_state(self, prefix: str, meta_graph_suffix: str, state_name: str) -> None:
-        decision = self._retention.added(prefix, self._clock())
+        retention = copy.copy(self._retention)  # taken over only if the state file could be written
+        decision = retention.added(prefix, self._clock())
         update_checkpoint_state(
             os.path.dirname(prefix),
             prefix,
@@ -316,6 +321,7 @@ class Saver:
             save_relative_paths=self._save_relative_paths,
             storage=self._storage,
         )
+        self._retention = retention
         for old in decision.delete:
             try:
                 remove_checkpoint(old, meta_graph_suffix, storage=self._storage)
@@ -433,7 +439,10 @@ def _run_in_thread(run: Callable[[], None]) -> None:
 
 def _fs_path(path: Any, what: str) -> str:
     if isinstance(path, str | bytes | os.PathLike):
-        return os.fsdecode(path)
+        decoded = os.fsdecode(path)
+        if "\0" in decoded:
+            raise ValueError(f"{what} {decoded!r} holds a NUL, which no file name can")
+        return decoded
     raise TypeError(
         f"{what}: expected str, bytes or PathLike, found {type(path).__name__}. The native Saver takes no session: "
         "saver.save(path, global_step). Scripts written for tf.train.Saver run on gpusaver.compat.v1"

@@ -1,0 +1,270 @@
+"""The sorted table: written as TensorFlow writes it, read whatever its shape, never believed."""
+
+from __future__ import annotations
+
+import struct
+import sys
+
+import pytest
+from bundle_tools import (
+    Item,
+    build_block,
+    build_table,
+    check_damage,
+    check_every_prefix,
+    only_our_errors,
+    split_table,
+    varint,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpusaver.bundle.crc import crc32c, mask
+from gpusaver.bundle.table_reader import Table
+from gpusaver.bundle.table_writer import TableWriter
+from gpusaver.errors import DataLossError, InternalError, InvalidArgumentError, UnimplementedError
+
+keys = (
+    st.binary(max_size=6)
+    | st.text("ab", max_size=8).map(str.encode)
+    | st.text("\xfe\xff").map(lambda text: text.encode("latin-1"))
+)
+tables = st.dictionaries(keys, st.binary(max_size=10) | st.binary(min_size=120, max_size=140), max_size=60).map(
+    lambda content: sorted(content.items())
+)
+
+
+def written(items: list[Item], **options: int) -> bytes:
+    writer = TableWriter(**options)
+    for key, value in items:
+        writer.add(key, value)
+    return writer.finish()
+
+
+def read(data: bytes) -> list[Item]:
+    return list(Table(data, "t.index").items())
+
+
+def some_items(count: int) -> list[Item]:
+    return [(b"layer/%05d/w" % number, b"%d" % number) for number in range(count)]
+
+
+@given(tables, st.integers(1, 400), st.integers(1, 40), st.integers(1, 5))
+def test_round_trip(items: list[Item], block_nbytes: int, restarts: int, index_restarts: int) -> None:
+    data = written(items, block_nbytes=block_nbytes, restart_interval=restarts, index_restart_interval=index_restarts)
+    table = Table(data, "t.index")
+    assert list(table.items()) == items
+    assert all(table.get(key) == value for key, value in items)
+
+
+@given(tables, keys)
+def test_get_without_items_before(items: list[Item], key: bytes) -> None:
+    assert Table(written(items, block_nbytes=50), "t.index").get(key) == dict(items).get(key)
+
+
+@given(tables.filter(bool), st.integers(1, 20), st.integers(1, 40), st.integers(1, 5), st.sets(st.integers(0, 60)))
+def test_reads_what_others_write(
+    items: list[Item], block_entries: int, restarts: int, index_restarts: int, snappy: set[int]
+) -> None:
+    data = split_table(items, block_entries, restarts, index_restart_interval=index_restarts, snappy=sorted(snappy))
+    table = Table(data, "t.index")
+    assert table.block_count == -(-len(items) // block_entries)
+    assert [table.get(key) for key, _ in items] == [value for _, value in items]
+    assert list(table.items()) == items
+
+
+@given(tables, st.integers(1, 40))
+def test_agrees_with_an_independent_writer(items: list[Item], restarts: int) -> None:
+    # One block: its separator is the last key, shortened.
+    data = written(items, restart_interval=restarts)
+    last = items[-1][0] if items else b""
+    stem = last.lstrip(b"\xff")
+    separator = last[: len(last) - len(stem)] + bytes((stem[0] + 1,)) if stem else last
+    assert data == build_table([(separator, build_block(items, restarts))] if items else [])
+
+
+def test_restarts_are_stored_whole() -> None:
+    block = written(some_items(40))
+    assert [block.count(b"layer/%05d/w" % number) for number in (0, 1, 15, 16, 17, 32)] == [1, 0, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("last", "following", "separator"),
+    [
+        (b"abc", b"abz", b"abd"),
+        (b"abc", b"abd", b"abc"),
+        (b"ab", b"abc", b"ab"),
+        (b"a\xff", b"b", b"a\xff"),
+        (b"a\xfe", b"c", b"b"),
+        (b"ac", b"b", b"ac"),
+    ],
+)
+def test_separators_between_blocks(last: bytes, following: bytes, separator: bytes) -> None:
+    items = [(last, b"x" * 20), (following, b"y" * 20)]
+    blocks = [(separator, build_block(items[:1])), (bytes((following[0] + 1,)), build_block(items[1:]))]
+    assert written(items, block_nbytes=20) == build_table(blocks)
+
+
+def test_a_value_of_two_blocks_size_starts_a_block() -> None:
+    items = [(b"a", b"1"), (b"b", b"2" * 199), (b"c", b"3")]
+    data = written(items, block_nbytes=100)
+    assert Table(data, "t").block_count == 3
+    assert Table(written(items, block_nbytes=101), "t").block_count == 2
+    assert read(data) == items
+
+
+def test_keys_must_ascend() -> None:
+    writer = TableWriter()
+    writer.add(b"b", b"")
+    with pytest.raises(InvalidArgumentError, match="Adding duplicate key: b"):
+        writer.add(b"b", b"")
+    with pytest.raises(InternalError, match="'a' was added after 'b'"):
+        writer.add(b"a", b"")
+
+
+@pytest.mark.parametrize("options", [{}, {"block_nbytes": 40}, {"restart_interval": 2}])
+def test_prefixes_and_damage(options: dict[str, int]) -> None:
+    data = written(some_items(9), **options)
+    check_every_prefix(read, data)
+    # A flipped bit can lengthen a footer's varint by a zero; nothing else may pass.
+    assert check_damage(read, data) <= 2
+
+
+def test_damage_in_a_snappy_block() -> None:
+    data = split_table(some_items(8), 4, snappy=[1])
+    check_every_prefix(read, data)
+    assert check_damage(read, data) <= 2
+
+
+def test_damage_is_found_by_get_too_and_only_where_it_is() -> None:
+    items = some_items(100)
+    data = bytearray(written(items, block_nbytes=200))
+    data[data.index(b"layer/00000") + 6] ^= 1
+    table = Table(data, "dir/t.index")
+    assert table.get(items[99][0]) == items[99][1]
+    with pytest.raises(DataLossError, match=r"dir/t\.index: block at 0: checksum [0-9a-f]{8}, expected [0-9a-f]{8}"):
+        table.get(items[0][0])
+
+
+def test_other_files() -> None:
+    with pytest.raises(DataLossError, match="too short"):
+        Table(b"", "x")
+    with pytest.raises(DataLossError, match="bad magic number"):
+        Table(bytes(100), "x")
+
+
+def test_missing_snappy_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = split_table(some_items(4), 4, snappy=[0])
+    monkeypatch.setitem(sys.modules, "cramjam", None)
+    with pytest.raises(UnimplementedError, match="pip install 'gpusaver"):
+        read(data)
+
+
+def plain_block(entries: bytes, *restarts: int) -> bytes:
+    return entries + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+
+
+entry = b"\0\1\1av"  # key "a", value "v"
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (b"", "do not hold 0 restarts"),
+        (b"\0\0\0\0", "do not hold 0 restarts"),
+        (plain_block(entry), "do not hold 0 restarts"),
+        (entry + b"\0\0\0\0\xff\xff\xff\xff", "do not hold 4294967295 restarts"),
+        (plain_block(entry, 1), "restarts lie outside"),
+        (plain_block(entry, 0, 5), "restarts lie outside"),
+        (plain_block(entry * 2, 0, 5), "key 'a' follows 'a'"),
+        (plain_block(entry + b"\0\1\0b" + b"\0\1\0c", 0, 9, 5), "do not ascend"),
+        (plain_block(entry + b"\1\0\0", 0), "key 'a' follows 'a'"),
+        (plain_block(entry + b"\0\1\0" + b"A", 0), "key 'A' follows 'a'"),
+        (plain_block(b"\1\1\1av", 0), "beyond its key"),
+        (plain_block(b"\0\1\2av", 0), "beyond its key or its block"),
+        (plain_block(entry + b"\1\1\0b", 0, 5), "beyond its key"),
+        (plain_block(entry + b"\0\1\0b", 0, 4), "beyond its key or its block"),
+        (plain_block(entry + b"\0\1", 0), "cut off"),
+        (plain_block(b"\0\xff\xff\xff\xff\x0f\0a", 0), "beyond its key or its block"),
+        (plain_block(b"\0\xff\xff\xff\xff\x1f\0a", 0), "does not fit 32 bits"),
+        (plain_block(b"\0\1\0z", 0), "above 'm'"),
+    ],
+)
+def test_malformed_blocks_with_a_right_checksum(block: bytes, message: str) -> None:
+    with pytest.raises(DataLossError, match=f"t.index: block at 0.*{message}"):
+        read(build_table([(b"m", block)]))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([(b"a", b"\0\x0d"), (b"b", b"\0")], "cut off"),
+        ([(b"a", varint(2**40) + b"\x05")], "beyond the end"),
+        ([(b"a", b"\0" + varint(2**64 - 1))], "beyond the end"),
+        ([(b"a", b"")], "cut off"),
+        # Both separators lead to the same block, whose key cannot be in both ranges.
+        ([(b"m", b"\0\x0d"), (b"n", b"\0\x0d")], "key 'a' follows 'm'"),
+    ],
+)
+def test_malformed_index_blocks(index: list[Item], message: str) -> None:
+    with pytest.raises(DataLossError, match=f"t.index: .*{message}"):
+        read(build_table([(b"m", plain_block(entry, 0))], index=build_block(index)))
+
+
+def test_bytes_after_a_handle_are_ignored() -> None:
+    index = build_block([(b"m", b"\0\x0d and more")])
+    assert read(build_table([(b"m", plain_block(entry, 0))], index=index)) == [(b"a", b"v")]
+
+
+def test_unknown_block_type() -> None:
+    data = build_table([(b"m", plain_block(entry, 0))])
+    block = plain_block(entry, 0)
+    odd = block + b"\2" + mask(crc32c(block + b"\2")).to_bytes(4, "little")
+    with pytest.raises(DataLossError, match="block at 0 has unknown type 2"):
+        read(odd + data[len(odd) :])
+
+
+def compressed_table(stored: bytes) -> bytes:
+    """A table whose only data block is marked as Snappy and holds these bytes."""
+    plain = build_table([(b"m", stored)])
+    trailer = b"\1" + mask(crc32c(stored + b"\1")).to_bytes(4, "little")
+    return stored + trailer + plain[len(stored) + 5 :]
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (b"", "cut off"),
+        (varint(2**31) + bytes(100), "cannot stand for"),
+        (varint(2200) + bytes(100), "cannot stand for"),
+        (varint(100) + bytes(100), "Snappy block"),
+        (varint(5) + b"\x10abcde"[:4], "Snappy block"),
+    ],
+)
+def test_malformed_snappy(stored: bytes, message: str) -> None:
+    with pytest.raises(DataLossError, match=message):
+        read(compressed_table(stored))
+
+
+def test_keys_that_expand_without_end() -> None:
+    long = b"\0" + varint(40_000) + b"\0" + b"k" * 40_000
+    steps = b"".join(varint(40_000 + step) + b"\1\0k" for step in range(10_000))
+    table = build_table([(b"l", plain_block(long + steps, 0))])
+    with pytest.raises(DataLossError, match="too long to be true"):
+        read(table)
+
+
+def test_long_keys_with_long_shared_prefixes_are_fine() -> None:
+    items = [(b"k" * 17_000 + b"%03d" % number, b"v") for number in range(60)]
+    assert read(written(items)) == items
+    assert read(written(items, restart_interval=1000)) == items
+
+
+@given(st.binary(max_size=120), st.binary(max_size=20))
+def test_arbitrary_bytes(data: bytes, key: bytes) -> None:
+    only_our_errors(lambda: read(data))
+    only_our_errors(lambda: read(data.ljust(48, b"\0") + bytes.fromhex("57fb808b247547db")))
+    only_our_errors(lambda: Table(build_table([(b"m", data)]), "t").get(key))
+    only_our_errors(lambda: read(build_table([(b"m", data)])))
+    only_our_errors(lambda: read(build_table([(b"m", build_block([(key, b"")]))], index=data)))
+    only_our_errors(lambda: read(compressed_table(data)))

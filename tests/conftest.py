@@ -1,0 +1,68 @@
+"""What every test gets: Hypothesis profiles, and a check that nothing is left running or open behind it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# No deadline and no "too slow": on a shared machine both measure the neighbours. CI repeats the same examples, so that
+# an unlucky one cannot fail somebody else's change; `make nightly` looks for new ones.
+settings.register_profile(
+    "everyday",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("nightly", settings.get_profile("everyday"), derandomize=False, max_examples=2000)
+settings.load_profile("everyday")
+
+# How long a thread that was told to end may take to do so.
+ENDING_SECONDS = 10.0
+
+
+def lasting_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if not thread.daemon}
+
+
+def path_of_descriptor(descriptor: int) -> str:
+    """The path that an open descriptor leads to; empty where it is gone or leads to no file."""
+    try:
+        if sys.platform == "darwin":
+            import fcntl
+
+            return os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+        return os.readlink(f"/dev/fd/{descriptor}")
+    except OSError:
+        return ""
+
+
+def open_below(directory: Path) -> dict[int, str]:
+    """Descriptor -> path of every file and folder that this process holds open below `directory`."""
+    found = {int(name): path_of_descriptor(int(name)) for name in os.listdir("/dev/fd")}
+    return {descriptor: path for descriptor, path in found.items() if path.startswith(f"{directory}{os.sep}")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fails a test that leaves a non-daemon thread running, or a file open below pytest's temporary folder."""
+    folder = tmp_path_factory.getbasetemp().resolve()
+    threads, files = lasting_threads(), open_below(folder)
+    yield
+    for thread in lasting_threads() - threads:
+        thread.join(ENDING_SECONDS)
+    if running := lasting_threads() - threads:
+        pytest.fail(f"threads left running: {sorted(thread.name for thread in running)}")
+    left = open_below(folder).items() - files.items()
+    if left:
+        gc.collect()
+        left = open_below(folder).items() - files.items()
+    if left:
+        pytest.fail(f"files left open: {sorted(path for _, path in left)}")

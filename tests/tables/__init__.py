@@ -1,0 +1,7 @@
+"""Rows of behaviour that gpusaver and TensorFlow share, and the little language they are written in."""
+
+from __future__ import annotations
+
+from tables import retention_rows, saver_rows, state_rows
+
+ROWS = [*saver_rows.ROWS, *retention_rows.ROWS, *state_rows.ROWS]
