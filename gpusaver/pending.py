@@ -41,9 +41,14 @@ class _State(enum.Enum):
 
 
 class PendingSave:
-    """Like :class:`concurrent.futures.Future`; the result is the prefix.  Methods may be called from any thread."""
+    """Like :class:`concurrent.futures.Future`; the result is the prefix.  Methods may be called from any thread.
 
-    def __init__(self, prefix: str, capture: str, reason: str) -> None:
+    An error that :meth:`result`, :meth:`exception` and :meth:`fence` have given to nobody is raised by the Saver's next
+    save, or by its ``close()``; a save that was cancelled is not an error there.  In a forked child, where nothing is
+    being saved, every method raises FailedPreconditionError.
+    """
+
+    def __init__(self, prefix: str, capture: str, reason: str, started_at: float, *, is_awaited: bool) -> None:
         self.prefix = prefix
         self.capture = capture
         self.reason = reason
@@ -51,31 +56,32 @@ class PendingSave:
         self.cancel_requested = threading.Event()
         self._captured = threading.Event()
         self._captured_at = 0.0
-        self._started_at = time.perf_counter()
+        self._started_at = started_at
+        self._error: BaseException | None = None
         self._future: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._state = _State.WORKING
         self._lock = threading.Lock()
-        self._delivered = False
+        #: Whoever called waits for the end and gets the error; it is not for another thread's next save.
+        self.is_awaited = is_awaited
+        self._delivered = is_awaited
         self._process = os.getpid()
 
     def result(self, timeout: float | None = None) -> str:
         """The prefix, when the checkpoint is durable; raises the save's error, or TimeoutError after ``timeout`` s."""
-        self._check_process()
-        try:
-            prefix = self._future.result(timeout)
-        except BaseException:
-            self._delivered = self._delivered or self._future.done()
-            raise
-        return prefix
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self.prefix
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """The save's error, or None; waits for the end of the save."""
+        """The save's error, or None; waits for the end of the save, TimeoutError after ``timeout`` seconds."""
         self._check_process()
         error = self._future.exception(timeout)
         self._delivered = True
         return error
 
     def done(self) -> bool:
+        self._check_process()
         return self._future.done()
 
     def cancelled(self) -> bool:
@@ -91,7 +97,8 @@ class PendingSave:
             return self._state is _State.CANCELLING or self.cancelled()
 
     def add_done_callback(self, function: Callable[[PendingSave], object]) -> None:
-        """Calls ``function(self)`` when the save has ended, at once if it has."""
+        """Calls ``function(self)`` when the save has ended, in the saving thread; at once, here, if it has."""
+        self._check_process()
         self._future.add_done_callback(lambda _: function(self))
 
     def wait_captured(self, timeout: float | None = None) -> bool:
@@ -106,20 +113,16 @@ class PendingSave:
         The copies of this runtime have finished on the host's clock by then, so any stream will do.
         """
         self.wait_captured()
-        if self._future.done() and self._future.exception() is not None:
-            self.result()
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._process:
-            raise FailedPreconditionError(
-                "this save was started before a fork; only the parent process can wait for it"
-            )
+        if self._error is not None:
+            self._delivered = True
+            raise self._error
 
     # Called by the Saver.
 
     def mark_captured(self) -> None:
-        self._captured_at = time.perf_counter()
-        self._captured.set()
+        if not self._captured.is_set():
+            self._captured_at = time.perf_counter()
+            self._captured.set()
 
     def begin_commit(self) -> None:
         """Raises CancelledError if a cancel came first; none can come later."""
@@ -137,11 +140,22 @@ class PendingSave:
 
     def fail(self, error: BaseException) -> None:
         self._state = _State.DONE
+        self._error = error
+        self._captured.set()  # before the callbacks, which may wait for it
         self._future.set_exception(error)
-        self._captured.set()
+
+    def wait(self) -> None:
+        """Blocks until the save has ended; its error stays undelivered."""
+        self._future.exception()
 
     def undelivered_error(self) -> BaseException | None:
         """Waits for the end of the save; its error if nobody has seen it yet (seen from now on)."""
-        was_delivered = self._delivered
-        error = self.exception()
-        return None if was_delivered else error
+        error = self._future.exception()
+        was_delivered, self._delivered = self._delivered, True
+        return None if was_delivered or isinstance(error, CancelledError) else error
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise FailedPreconditionError(
+                f"the save of {self.prefix} was started before a fork; only the parent process can wait for it"
+            )

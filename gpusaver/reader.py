@@ -136,7 +136,12 @@ class CheckpointReader:
         return Located(name, _key(other), entry.spec, entry)
 
     def same_bytes(self, first: Located, second: Located) -> bool:
-        """Whether two tensors are known to hold equal bytes, from their checksums alone."""
+        """Whether two tensors are known to hold equal bytes; of whole V2 tensors their checksums tell."""
+        if self._v1 is not None:
+            one, other = self._v1.get_array(first.key), self._v1.get_array(second.key)
+            if one.dtype == object:
+                return bool(one.tolist() == other.tolist())
+            return bool(one.dtype == other.dtype and one.tobytes() == other.tobytes())
         a, b = first.entry, second.entry
         if a is None or b is None or a.slices or b.slices:
             return False
@@ -249,6 +254,9 @@ def _not_a_prefix(path: str, storage: Storage) -> NotFoundError | InvalidArgumen
         advice = f"its latest checkpoint is {latest}" if latest else "no checkpoint state file was found in it"
         return InvalidArgumentError(f"{path} is a directory, not a checkpoint; {advice} (see latest_checkpoint)")
     if storage.exists(path):
+        latest = latest_checkpoint(*os.path.split(path), storage=storage)
+        if latest is not None:
+            return InvalidArgumentError(f"{path} is a state file; the latest checkpoint it names is {latest}")
         return InvalidArgumentError(
             f"{path} is a file, but not a checkpoint of any format (no {path}.index, no V1 table)"
         )

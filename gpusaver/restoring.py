@@ -187,7 +187,7 @@ def _plan(read: TensorRead, match: _Match, values: dict[str, Any]) -> None:
 def _reshaped_view(name: str, array: Any, shape: tuple[int, ...]) -> Any:
     view = array.reshape(shape)
     if (
-        view.size and not np.shares_memory(view, array)
+        view.size and not np.may_share_memory(view, array)
         if isinstance(array, np.ndarray)
         else not array.flags.c_contiguous
     ):
@@ -204,13 +204,21 @@ def _check_targets(matches: Sequence[_Match], reader: CheckpointReader) -> None:
     if all(type(a) is np.ndarray and a.base is None for a in arrays) and len({*map(id, arrays)}) == len(arrays):
         return  # each owns its memory
     spans: list[tuple[int, int, _Match]] = []
+    places: dict[tuple[int, Any], _Match] = {}
     for match in matches:
         array = match.admitted.array
-        if match.admitted.rebuild is not None or not array.nbytes:
+        if match.admitted.rebuild is not None:
+            # What is replaced in a container that is there under two names gets two values as well.
+            other = places.setdefault((id(match.leaf.holder), match.leaf.key), match)
+            if match.leaf.part is None and other is not match:
+                _check_same_bytes(reader, other, match)
             continue
-        if any(stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True)):
+        if not array.nbytes:
+            continue
+        if _overlaps_itself(array):
             raise InvalidArgumentError(
-                f"{match.leaf.name}: several elements share one place in memory (broadcast); restore into a copy"
+                f"{match.leaf.name}: several elements share one place in memory (an array that was broadcast, or of "
+                "overlapping windows); restore into a copy"
             )
         spans.append((*byte_bounds(array), match))
     spans.sort(key=lambda span: span[:2])
@@ -224,16 +232,32 @@ def _check_targets(matches: Sequence[_Match], reader: CheckpointReader) -> None:
 
 def _check_pair(reader: CheckpointReader, first: _Match, second: _Match) -> None:
     """``first`` and ``second`` lie in overlapping stretches of memory."""
-    a, b = first.leaf.name, second.leaf.name
     if _is_tied(first, second):
-        if not reader.same_bytes(first.found, second.found):
-            raise InvalidArgumentError(
-                f"{a} and {b} are one array, but the checkpoint stores different values for them"
-            )
+        _check_same_bytes(reader, first, second)
     elif _shares(first.admitted.array, second.admitted.array):
         raise InvalidArgumentError(
-            f"{a} and {b} overlap in memory but are not the same array: restoring one would damage the other"
+            f"{first.leaf.name} and {second.leaf.name} overlap in memory but are not the same array: restoring one "
+            "would damage the other"
         )
+
+
+def _check_same_bytes(reader: CheckpointReader, first: _Match, second: _Match) -> None:
+    if not reader.same_bytes(first.found, second.found):
+        raise InvalidArgumentError(
+            f"{first.leaf.name} and {second.leaf.name} are one array, or one place in a container, but the checkpoint "
+            "stores different values for them (values that are stored in slices count as different)"
+        )
+
+
+def _overlaps_itself(array: Any) -> bool:
+    """Whether two elements may lie in one place.  In arrays that NumPy's indexing makes, each stride spans all of the
+    dimensions with smaller ones; what has other strides is taken to overlap."""
+    reach = array.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _is_tied(first: _Match, second: _Match) -> bool:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-import operator
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
-from gpusaver.checkpoint_state import (
-    DEFAULT_STATE_FILENAME,
-    PathLike,
-    checkpoint_times,
-    generate_checkpoint_state_proto,
-    remove_checkpoint,
-    update_checkpoint_state,
+from gpusaver.arguments import (
+    checkpoint_prefix,
+    from_saver_def,
+    fs_path,
+    make_directory,
+    state_filename,
+    without_session,
 )
-from gpusaver.errors import Error, FailedPreconditionError, InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from gpusaver.checkpoint_state import PathLike, checkpoint_times, remove_checkpoint, update_checkpoint_state
+from gpusaver.device import HOST
+from gpusaver.errors import (
+    CancelledError,
+    Error,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import BundleCommit
@@ -41,6 +50,16 @@ WhenBusy = Literal["wait", "skip", "raise"]
 #: Around the page cache more writes must be under way at once than through it, where two cores copy.
 _DIRECT_THREADS = 4
 _BUFFERED_THREADS = 2
+
+
+class _Request(NamedTuple):
+    """How to save; ``is_awaited``: the caller waits for the end and gets the error."""
+
+    meta_graph_suffix: str
+    write_state: bool
+    capture: Capture
+    when_busy: WhenBusy
+    is_awaited: bool
 
 
 class Saver:
@@ -84,7 +103,7 @@ class Saver:
         clock: Callable[[], float] = time.time,
     ) -> None:
         if saver_def is not None:
-            max_to_keep, keep_checkpoint_every_n_hours, sharded = _from_saver_def(saver_def)
+            max_to_keep, keep_checkpoint_every_n_hours, sharded = from_saver_def(saver_def)
         if defer_build and var_list is not None:
             raise ValueError(
                 "If `var_list` is provided then build cannot be deferred: defer_build=False, or no var_list."
@@ -103,11 +122,14 @@ class Saver:
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
         self._slots = Slots(CHUNK_NBYTES)
         self._snapshots: dict[str, Any] = {}
+        self._has_blocked = False
         self._plan: Plan | None = None
         self._pending: PendingSave | None = None
         self._closed = False
         self._process = os.getpid()
         self._lock = threading.RLock()
+        #: Of the list of checkpoints, which a save changes from its own thread; always taken after the other lock.
+        self._list_lock = threading.RLock()
         self._var_list: Any = None
         self._names: list[str] | None = None
         if not defer_build:
@@ -115,6 +137,7 @@ class Saver:
 
     def build(self, var_list: Any = None) -> None:
         """Fixes the set of names; only needed after ``defer_build=True``, once."""
+        self._check_process()
         if self._names is not None:
             return
         self._var_list = current_variables() if var_list is None else var_list
@@ -122,13 +145,15 @@ class Saver:
         check_variables_once(leaves)
         if not leaves and not self._allow_empty:
             raise ValueError(
-                "No variables to save: pass a dict of arrays, make a gpusaver.Variable, or allow_empty=True"
+                "No variables to save: pass a dict of arrays, make a gpusaver.Variable, or allow_empty=True. To read a "
+                "checkpoint without variables: gpusaver.load(prefix)"
             )
         plan_save(leaves, sharded=self._sharded, cached=None)  # finds every leaf that cannot be stored
         self._names = [leaf.name for leaf in leaves]
 
     # -- saving
 
+    @without_session
     def save(
         self,
         save_path: PathLike,
@@ -148,17 +173,13 @@ class Saver:
         ResourceExhaustedError for a full disk (found before anything is copied), and the error of an earlier
         background save that nobody has seen.  After an error older checkpoints and the state file are as they were.
         """
-        pending = self._start(
-            save_path, global_step, latest_filename, meta_graph_suffix, write_state, "blocking", "wait"
-        )
+        request = _Request(meta_graph_suffix, write_state, "blocking", "wait", is_awaited=True)
+        pending = self._start(save_path, global_step, latest_filename, request)
         assert pending is not None
-        try:
+        with _ended_if_interrupted(pending):
             return pending.result()
-        except (KeyboardInterrupt, SystemExit):
-            pending.cancel()
-            pending.exception()
-            raise
 
+    @without_session
     def save_async(
         self,
         save_path: PathLike,
@@ -179,70 +200,68 @@ class Saver:
         """
         if capture not in ("auto", "snapshot", "deferred", "blocking"):
             raise ValueError(f"capture: expected auto, snapshot, deferred or blocking, found {capture!r}")
-        pending = self._start(
-            save_path, global_step, latest_filename, meta_graph_suffix, write_state, capture, when_busy
-        )
+        if when_busy not in ("wait", "skip", "raise"):
+            raise ValueError(f"when_busy: expected wait, skip or raise, found {when_busy!r}")
+        request = _Request(meta_graph_suffix, write_state, capture, when_busy, is_awaited=False)
+        pending = self._start(save_path, global_step, latest_filename, request)
         if pending is not None and pending.capture == "blocking":
-            pending.wait_captured()
+            with _ended_if_interrupted(pending):
+                pending.wait_captured()
         return pending
 
     def _start(
-        self,
-        save_path: PathLike,
-        global_step: Any,
-        latest_filename: PathLike | None,
-        meta_graph_suffix: str,
-        write_state: bool,
-        capture: Capture,
-        when_busy: WhenBusy,
+        self, save_path: PathLike, global_step: Any, latest_filename: PathLike | None, request: _Request
     ) -> PendingSave | None:
-        prefix = self._prefix(save_path, global_step)
-        state_name = _state_name(latest_filename, prefix, plain=global_step is None and not self._sharded)
-        if write_state:  # finds a prefix that the state file cannot hold before anything is written
-            generate_checkpoint_state_proto(os.path.dirname(prefix), prefix)
-        self._check_process()  # before the lock: in a child it may be held by a thread that is not there
-        with self._lock:
-            self._check_open()
-            if self._names is None:
-                raise RuntimeError("`build()` should be called before save if defer_build==True")
-            if not self._is_free(when_busy):
-                return None
-            save = plan_save(self._leaves(), sharded=self._sharded, cached=self._plan)
-            self._plan = save.plan
-            _make_directory(self._storage, os.path.dirname(prefix), prefix)
-            save, mode, reason = self._capture(save, capture)
-            pending = PendingSave(prefix, mode, reason)
-            finish = (meta_graph_suffix, state_name) if write_state else None
-            self._pending = pending
-            _run_in_thread(lambda: self._run(save, pending, finish))
-            return pending
+        started_at = time.perf_counter()
+        self._check_process()  # before any lock: in a child it may be held by a thread that is not there
+        prefix = checkpoint_prefix(save_path, global_step, padded=self._pad_step_number)
+        state_name = state_filename(
+            latest_filename,
+            prefix,
+            is_plain=global_step is None and not self._sharded,
+            is_relative=self._save_relative_paths,
+            is_written=request.write_state,
+        )
+        finish = (request.meta_graph_suffix, state_name) if request.write_state else None
+        while self._has_ended(self._pending, request.when_busy):
+            with self._lock:
+                if self._pending is None or self._pending.done():  # else another thread was faster
+                    return self._launch(prefix, request, finish, started_at)
+        return None
 
-    def _prefix(self, save_path: PathLike, global_step: Any) -> str:
-        prefix = _fs_path(save_path, "save_path")
-        if not os.path.basename(prefix):
-            raise ValueError(f"save_path {prefix!r} names a directory; expected a prefix such as 'dir/model.ckpt'")
-        if global_step is None:
-            return prefix
-        step = _step(global_step)
-        return f"{prefix}-{step:08d}" if self._pad_step_number else f"{prefix}-{step}"
-
-    def _is_free(self, when_busy: WhenBusy) -> bool:
-        """Deals with an earlier save; raises its error if nobody has seen that."""
-        if when_busy not in ("wait", "skip", "raise"):
-            raise ValueError(f"when_busy: expected wait, skip or raise, found {when_busy!r}")
-        if self._pending is None:
-            return True
-        if not self._pending.done():
-            if when_busy == "skip":
-                return False
-            if when_busy == "raise":
-                raise FailedPreconditionError(f"the save of {self._pending.prefix} is still under way")
+    def _launch(self, prefix: str, request: _Request, finish: tuple[str, str] | None, started_at: float) -> PendingSave:
+        """Refuses what can be refused, captures, and starts.  Requires: the lock is held, no save is under way."""
+        self._check_open()
+        if self._names is None:
+            raise RuntimeError("`build()` should be called before save if defer_build==True")
         self._raise_earlier_error()
-        return True
+        save = plan_save(self._leaves(), sharded=self._sharded, cached=self._plan)
+        self._plan = save.plan
+        make_directory(self._storage, os.path.dirname(prefix), prefix)
+        save, mode, reason = self._capture(save, request.capture)
+        pending = PendingSave(prefix, mode, reason, started_at, is_awaited=request.is_awaited)
+        if mode == "snapshot" and save.runtimes() == [HOST]:
+            pending.mark_captured()
+        self._pending = pending
+        with _ended_if_interrupted(pending):
+            _run_in_thread(lambda: self._run(save, pending, finish))
+        return pending
+
+    @staticmethod
+    def _has_ended(earlier: PendingSave | None, when_busy: WhenBusy) -> bool:
+        """Waits for an earlier save if asked to; outside the lock, so that another thread may skip meanwhile."""
+        if earlier is None or earlier.done():
+            return True
+        if when_busy == "raise":
+            raise FailedPreconditionError(f"the save of {earlier.prefix} is still under way")
+        if when_busy == "wait":
+            earlier.wait()
+        return when_busy == "wait"
 
     def _raise_earlier_error(self) -> None:
-        pending, self._pending = self._pending, None
-        error = pending.undelivered_error() if pending is not None else None
+        """Waits for the pending save, and raises its error if nobody has seen that."""
+        error = self._pending.undelivered_error() if self._pending is not None else None
+        self._pending = None  # not before it has ended: waiting may be interrupted
         if error is not None:
             raise error
 
@@ -278,7 +297,9 @@ class Saver:
             self._snapshots.clear()
             if capture == "snapshot":
                 raise
-            _log.warning("save_async copies nothing and blocks instead: %s", error)
+            if not self._has_blocked:
+                _log.warning("save_async copies nothing and blocks instead: %s", error)
+            self._has_blocked = True
             return self._capture(save, "blocking")[0], "blocking", str(error)
 
     def _run(self, save: Save, pending: PendingSave, finish: tuple[str, str] | None) -> None:
@@ -302,25 +323,34 @@ class Saver:
             pending.begin_commit()
             commit.publish(index)
             if finish is not None:
-                self._update_state(pending.prefix, *finish)
+                with self._list_lock:
+                    self._update_state(pending.prefix, *finish)
         except BaseException as error:  # delivered by PendingSave, whatever it is
-            if commit is not None:
-                commit.abort()
-            pending.fail(error)
+            try:
+                if commit is not None:
+                    commit.abort()
+                if not (pending.is_awaited or isinstance(error, CancelledError)):
+                    _log.error("the save of %s in the background failed: %s", pending.prefix, error)
+            finally:
+                pending.fail(error)
             return
         pending.finish(len(save.plan.items), sum(layout.nbytes.tolist()))
 
     def _update_state(self, prefix: str, meta_graph_suffix: str, state_name: str) -> None:
         retention = copy.copy(self._retention)  # taken over only if the state file could be written
         decision = retention.added(prefix, self._clock())
-        update_checkpoint_state(
-            os.path.dirname(prefix),
-            prefix,
-            decision.listed,
-            latest_filename=state_name,
-            save_relative_paths=self._save_relative_paths,
-            storage=self._storage,
-        )
+        try:
+            update_checkpoint_state(
+                os.path.dirname(prefix),
+                prefix,
+                decision.listed,
+                latest_filename=state_name,
+                save_relative_paths=self._save_relative_paths,
+                storage=self._storage,
+            )
+        except Error as error:
+            error.add_note(f"The checkpoint {prefix} itself is complete; no state file lists it.")
+            raise
         self._retention = retention
         for old in decision.delete:
             try:
@@ -330,6 +360,7 @@ class Saver:
 
     # -- restoring
 
+    @without_session
     def restore(
         self,
         save_path: PathLike,
@@ -350,7 +381,7 @@ class Saver:
         """
         if save_path is None:
             raise ValueError("Can't load save_path when it is None.")
-        prefix = _fs_path(save_path, "save_path")
+        prefix = fs_path(save_path, "save_path")
         if verify not in ("during", "before"):
             raise ValueError(f"verify: expected 'during' or 'before', found {verify!r}")
         self._check_process()  # before the lock: in a child it may be held by a thread that is not there
@@ -378,20 +409,25 @@ class Saver:
 
     @property
     def last_checkpoints(self) -> list[str]:
-        """A new list of the prefixes that retention counts, oldest first."""
+        """A new list of the prefixes that retention counts, oldest first; without a save that is still under way."""
+        self._check_process()
         return self._retention.last_checkpoints
 
     def set_last_checkpoints(self, last_checkpoints: Sequence[str]) -> None:
         """Replaces the list; these are never deleted, because their times are unknown."""
-        self._retention.set_last_checkpoints(last_checkpoints)
+        self._check_process()
+        with self._list_lock:
+            self._retention.set_last_checkpoints(last_checkpoints)
 
     def set_last_checkpoints_with_time(self, last_checkpoints_with_time: Iterable[tuple[str, float]]) -> None:
         """Replaces the list by ``(prefix, seconds since the epoch)``, oldest first."""
-        self._retention.set_last_checkpoints_with_time(last_checkpoints_with_time)
+        self._check_process()
+        with self._list_lock:
+            self._retention.set_last_checkpoints_with_time(last_checkpoints_with_time)
 
     def recover_last_checkpoints(self, checkpoint_paths: Iterable[PathLike]) -> None:
         """Replaces the list by those of the prefixes that exist, with the times of their files."""
-        self._retention.set_last_checkpoints_with_time(checkpoint_times(checkpoint_paths, storage=self._storage))
+        self.set_last_checkpoints_with_time(checkpoint_times(checkpoint_paths, storage=self._storage))
 
     # -- the end
 
@@ -429,64 +465,24 @@ class Saver:
             raise FailedPreconditionError("this Saver is closed")
 
 
+@contextlib.contextmanager
+def _ended_if_interrupted(pending: PendingSave) -> Iterator[None]:
+    """Ctrl-C and the like end the save as well: the caller may change or free the variables next."""
+    try:
+        yield
+    except BaseException:
+        if not pending.done():
+            pending.cancel()
+            pending.wait()
+        raise
+
+
 def _run_in_thread(run: Callable[[], None]) -> None:
     thread = threading.Thread(target=run, name="gpusaver-save")
     try:
         thread.start()
     except RuntimeError:  # the interpreter is shutting down: no thread can be started any more
         run()
-
-
-def _fs_path(path: Any, what: str) -> str:
-    if isinstance(path, str | bytes | os.PathLike):
-        decoded = os.fsdecode(path)
-        if "\0" in decoded:
-            raise ValueError(f"{what} {decoded!r} holds a NUL, which no file name can")
-        return decoded
-    raise TypeError(
-        f"{what}: expected str, bytes or PathLike, found {type(path).__name__}. The native Saver takes no session: "
-        "saver.save(path, global_step). Scripts written for tf.train.Saver run on gpusaver.compat.v1"
-    )
-
-
-def _step(global_step: Any) -> int:
-    value = getattr(global_step, "value", global_step)
-    try:
-        if not isinstance(value, str | bytes):
-            return operator.index(value.item() if getattr(value, "shape", None) == () else value)
-    except TypeError:
-        pass
-    raise TypeError(
-        f"global_step: expected an int or an integer variable of rank 0, found {value!r:.60} "
-        f"({type(value).__name__}). The native Saver takes no session: saver.save(path, global_step). Scripts written "
-        "for tf.train.Saver run on gpusaver.compat.v1"
-    )
-
-
-def _state_name(latest_filename: PathLike | None, prefix: str, *, plain: bool) -> str:
-    name = DEFAULT_STATE_FILENAME if latest_filename is None else _fs_path(latest_filename, "latest_filename")
-    if os.path.basename(name) != name or not name:
-        raise ValueError(f"'latest_filename' must not contain path components: {name!r}")
-    if plain and os.path.basename(prefix) == name:
-        raise ValueError(f"'latest_filename' collides with 'save_path': {name!r} and {prefix!r}")
-    return name
-
-
-def _make_directory(storage: Storage, directory: str, prefix: str) -> None:
-    """Makes one missing level, as TensorFlow does: more would turn a mistyped path into a tree."""
-    if storage.is_directory(directory):
-        return
-    if not storage.is_directory(os.path.dirname(directory)) or storage.exists(directory):
-        raise ValueError(f"Parent directory of {prefix} doesn't exist, can't save.")
-    storage.make_directory(directory)
-
-
-def _from_saver_def(saver_def: Any) -> tuple[int, float | None, bool]:
-    from gpusaver.protos import SaverDef
-    from gpusaver.protos.convert import adopt
-
-    adopted = adopt(saver_def, SaverDef)
-    return adopted.max_to_keep, adopted.keep_checkpoint_every_n_hours or None, adopted.sharded
 
 
 def save(prefix: PathLike, tensors: Any) -> str:

@@ -49,7 +49,15 @@ class Variable:
         collection.add(self)
 
     def _admitted_spec(self, value: Any) -> TensorSpec:
-        return admit(value, self._name, self.declared_dtype).spec
+        spec = admit(value, self._name, self.declared_dtype).spec
+        declared = self._declared
+        if declared is not None and not isinstance(declared, DataType) and spec.dtype is not DataType.string:
+            wanted = np.dtype(declared).newbyteorder("=")
+            if spec.dtype.numpy_dtype != wanted:  # a value of another library, which has no ``astype``
+                raise TypeError(
+                    f"{self._name}: declared {wanted}, but the array is {spec.dtype.name}; convert it first"
+                )
+        return spec
 
     @property
     def declared_dtype(self) -> DataType | None:
@@ -105,7 +113,10 @@ class PartitionedVariable:
         self.slice = slice if isinstance(slice, TensorSlice) else TensorSlice.from_slices(slice, self.full_shape)
         self.name = None if name is None else _checked_name(name)
         self.value = array
-        expected, found = self.slice.shape(self.full_shape), tuple(np.shape(array))
+        spec = admit(array, name or "PartitionedVariable").spec
+        if spec.dtype is DataType.string:
+            raise TypeError(f"PartitionedVariable {name or ''}: strings stored in slices could not be read again")
+        expected, found = self.slice.shape(self.full_shape), spec.shape
         if expected != found:
             raise InvalidArgumentError(
                 f"PartitionedVariable {name or ''}: slice {self.slice} of {list(self.full_shape)} has shape "
@@ -195,6 +206,11 @@ def _checked_name(name: str) -> str:
         raise TypeError(f"Name is not a string: {name!r}")
     if not name:
         raise ValueError("the empty name is reserved in a checkpoint; name the variable")
+    if not name.isascii():
+        try:
+            name.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the name {name!r} cannot be stored as UTF-8: {error.reason}") from error
     return name
 
 

@@ -58,3 +58,19 @@ def test_what_was_to_be_deleted_is_not_forgotten_when_the_state_file_cannot_be_w
         third = saver.save(tmp_path / "m", 3)
         assert saver.last_checkpoints == [third]
         assert not gpusaver.checkpoint_exists(first)
+
+
+def test_surplus_positional_arguments_name_the_front_end_with_sessions(tmp_path: Path) -> None:
+    with gpusaver.Saver({"w": np.zeros(3)}) as saver:
+        with pytest.raises(TypeError, match=r"gpusaver\.compat\.v1"):
+            saver.save(tmp_path / "k", 1, "latest")  # type: ignore[misc]
+        with pytest.raises(TypeError, match=r"gpusaver\.compat\.v1"):
+            saver.restore(tmp_path / "k", True)  # type: ignore[misc]
+
+
+def test_a_state_file_given_as_prefix_is_recognised(tmp_path: Path) -> None:
+    with gpusaver.Saver({"w": np.zeros(3)}) as saver:
+        prefix = saver.save(tmp_path / "k", 1)
+        with pytest.raises(gpusaver.InvalidArgumentError, match="is a state file; .*k-1") as caught:
+            saver.restore(tmp_path / "checkpoint")
+    assert prefix in str(caught.value)

@@ -25,9 +25,12 @@ import numpy as np
 
 from gpusaver.device.base import Runtime
 from gpusaver.device.host import HostRuntime
+from gpusaver.errors import Error
 from gpusaver.tensor import DataType, TensorSpec
 
 HOST = HostRuntime()
+
+_NO_ARRAY = "expected an array, a Variable, a number, str, bytes, or dicts and lists of these"
 
 
 class Admitted(NamedTuple):
@@ -54,7 +57,12 @@ def admit(value: Any, name: str, dtype: DataType | None = None) -> Admitted:
         return _from_numpy(value, name, dtype)
     if isinstance(value, bool | int | float | complex | str | bytes | np.generic):
         return _from_scalar(value, name, dtype)
-    array, rebuild = _foreign(value, name)
+    try:
+        array, rebuild = _foreign(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        if isinstance(error, Error):
+            raise
+        raise TypeError(f"{name}: {type(value).__name__} cannot be stored in a checkpoint: {error}") from error
     if isinstance(array, np.ndarray):
         admitted = _from_numpy(array, name, dtype or _torch_dtype(value))
         return admitted._replace(rebuild=rebuild) if rebuild else admitted
@@ -62,6 +70,8 @@ def admit(value: Any, name: str, dtype: DataType | None = None) -> Admitted:
 
     found = dtype or _torch_dtype(value) or _dtype_of(array.dtype, name)
     _check_dtype(found, array.dtype, name)
+    if array.dtype.byteorder == ">":  # kernels and copies take the bytes as they are
+        raise TypeError(f"{name}: a big-endian array on a device cannot be stored; convert it to little-endian")
     return Admitted(cuda_runtime(array.device.id), array, TensorSpec(found, tuple(array.shape)), None, rebuild)
 
 
@@ -136,14 +146,15 @@ def _from_strings(array: np.ndarray[Any, Any], name: str) -> Admitted:
                 f"{name}: an array of Python objects can be stored only if all are str or bytes; "
                 f"one is {type(item).__name__}"
             )
-    is_text = texts > 0
+    is_text = texts > 0 or array.dtype.kind == "U"
     if texts and texts != len(items):
         raise TypeError(f"{name}: an array of both str and bytes would not come back as it was")
 
     def rebuild(restored: Sequence[bytes]) -> np.ndarray[Any, Any]:
         decoded: Sequence[Any] = [s.decode("utf-8", "surrogateescape") for s in restored] if is_text else restored
-        if array.dtype.kind in "SU":
-            return np.array(decoded, dtype=array.dtype.kind).reshape(array.shape)
+        if array.dtype.kind in "SU":  # as wide as before, or wider
+            fixed = np.array(decoded, dtype=array.dtype.kind).reshape(array.shape)
+            return fixed.astype(np.promote_types(fixed.dtype, array.dtype))
         result = np.empty(len(decoded), dtype=object)
         result[:] = decoded
         return result.reshape(array.shape)
@@ -151,22 +162,24 @@ def _from_strings(array: np.ndarray[Any, Any], name: str) -> Admitted:
     return Admitted(HOST, None, TensorSpec(DataType.string, array.shape), items, rebuild)
 
 
-def _foreign(value: Any, name: str) -> tuple[Any, Callable[[Any], Any] | None]:
+def _foreign(value: Any) -> tuple[Any, Callable[[Any], Any] | None]:
     """``value`` as a NumPy or CuPy array on the same memory, and how to rebuild it if it must not be written."""
-    library = type(value).__module__.partition(".")[0]
-    if library == "cupy":
+    if _is_of("cupy", "ndarray", value):
         return value, None
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("its mask would be lost")
     if isinstance(value, np.ndarray):  # a subclass, such as memmap
         return np.asarray(value), None
-    if library == "torch":
+    if _is_of("torch", "Tensor", value):
         return _from_torch(value), None
-    if library in ("jax", "jaxlib"):
-        jax = sys.modules["jax"]
+    if _is_of("jax", "Array", value):
 
         def rebuild(restored: Any) -> Any:
-            return jax.device_put(restored, value.sharding)
+            return sys.modules["jax"].device_put(restored, value.sharding)
 
         return np.asarray(value), rebuild
+    if isinstance(value, type):  # has the attributes of its instances, but no memory
+        raise TypeError(_NO_ARRAY)
     if hasattr(value, "__cuda_array_interface__"):
         from gpusaver.device.cuda import from_cuda_array_interface
 
@@ -174,26 +187,51 @@ def _foreign(value: Any, name: str) -> tuple[Any, Callable[[Any], Any] | None]:
     if hasattr(value, "__dlpack__"):
         return _from_dlpack(value), None
     try:
-        return np.asarray(memoryview(value)), None
+        array = np.asarray(memoryview(value))
     except TypeError:
-        raise TypeError(
-            f"{name}: {type(value).__name__} cannot be stored in a checkpoint; expected an array, a Variable, "
-            "a number, str, bytes, or dicts and lists of these"
-        ) from None
+        raise TypeError(_NO_ARRAY) from None
+    if array.dtype.kind in "SUO":
+        raise TypeError(f"its memory holds elements of format {memoryview(value).format!r}, not numbers")
+    return array, None
+
+
+def _is_of(library: str, kind: str, value: Any) -> bool:
+    """Whether ``value`` is an instance of a class, or of one derived from it, without importing the library."""
+    module = sys.modules.get(library)
+    expected = getattr(module, kind, None)
+    return expected is not None and isinstance(value, expected)
 
 
 def _from_dlpack(value: Any) -> Any:
     device_type, _ = value.__dlpack_device__()
     if device_type in (1, 3):  # kDLCPU, kDLCUDAHost
-        return np.from_dlpack(value)
+        array = np.from_dlpack(value)
+        return array if array.flags.writeable or _says_read_only(value) else np.asarray(_Writable(array))
     from gpusaver.device.cuda import from_dlpack
 
     return from_dlpack(value)
 
 
+def _says_read_only(value: Any) -> bool:
+    """Of a producer whose array NumPy holds to be read-only: DLPack before 1.0 cannot say so, and means writable."""
+    try:
+        return "versioned" in repr(value.__dlpack__(max_version=(1, 0)))
+    except TypeError:
+        return False
+
+
+class _Writable:
+    """The memory of an array, without the ban on writing."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self._owner = array
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
 def _torch_dtype(value: Any) -> DataType | None:
     """The type of a PyTorch tensor whose dtype NumPy lacks; it travels as integers of the same width."""
-    if type(value).__module__.partition(".")[0] != "torch":
+    if not _is_of("torch", "Tensor", value):
         return None
     return DataType.__members__.get(str(value.dtype).removeprefix("torch."))
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,22 +75,24 @@ class CudaRuntime:
         self._device = device
         with cupy.cuda.Device(device):
             self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._strided_lock = threading.Lock()
 
     def order_after_caller(self, arrays: Sequence[Any]) -> None:
         with cupy.cuda.Device(self._device):
             event = cupy.cuda.Event(block=True, disable_timing=True)
-            event.record(cupy.cuda.get_current_stream())
+            event.record(_callers_stream())
             self._stream.wait_event(event)
 
     def order_caller_after(self) -> None:
         with cupy.cuda.Device(self._device):
             event = cupy.cuda.Event(block=True, disable_timing=True)
             event.record(self._stream)
-            cupy.cuda.get_current_stream().wait_event(event)
+            _callers_stream().wait_event(event)
 
     def snapshot(self, arrays: Sequence[Any], memory: Any | None) -> tuple[list[Any], Any]:
         starts = np.cumsum([0, *(-(-array.nbytes // 256) * 256 for array in arrays)]).tolist()
         with cupy.cuda.Device(self._device):
+            _callers_stream()
             if memory is None or memory.nbytes < starts[-1]:
                 try:
                     memory = cupy.empty(max(starts[-1], 1), np.uint8)
@@ -100,7 +103,7 @@ class CudaRuntime:
             copies = []
             for array, start in zip(arrays, starts, strict=False):
                 copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-                copy[...] = array
+                _movable(copy)[...] = _movable(array)
                 copies.append(copy)
         return copies, memory
 
@@ -119,28 +122,35 @@ class CudaRuntime:
         alive: list[Any] = []
         with cupy.cuda.Device(self._device), self._stream:
             for array, start, offset, nbytes in transfers:
-                if array.flags.c_contiguous:
-                    source, part = array.data.ptr + start, array
-                else:
-                    first, last = start // array.itemsize, -(-(start + nbytes) // array.itemsize)
-                    part = cupy.empty(last - first, array.dtype)
-                    source = part.data.ptr + start - first * array.itemsize
-                    copy_elements(array, first, last, part, to_array=False)
                 host = base + offset
-                target, origin = (source, host) if to_array else (host, source)
+                alive.append(array)
+                if not array.flags.c_contiguous:
+                    alive.append(self._copy_strided(_movable(array), start, host, nbytes, to_array=to_array))
+                    continue
+                device = array.data.ptr + start
+                target, origin = (device, host) if to_array else (host, device)
                 cupy.cuda.runtime.memcpyAsync(target, origin, nbytes, kind, self._stream.ptr)
-                if to_array and part is not array:
-                    copy_elements(array, first, last, part, to_array=True)
-                alive += (array, part)
             return _Copied(self._stream, slot, *alive)
 
+    def _copy_strided(self, array: Any, start: int, host: int, nbytes: int, *, to_array: bool) -> Any:
+        """Through contiguous memory, which it returns: to be held until the copy has finished."""
+        first, last = start // array.itemsize, -(-(start + nbytes) // array.itemsize)
+        part = cupy.empty(last - first, array.dtype)
+        device = part.data.ptr + start - first * array.itemsize
+        if not to_array:
+            copy_elements(array, first, last, part, to_array=False)
+            cupy.cuda.runtime.memcpyAsync(host, device, nbytes, _DEVICE_TO_HOST, self._stream.ptr)
+            return part
+        # Two chunks may share an element: reading it, changing bytes of it and writing it back must stay together.
+        with self._strided_lock:
+            copy_elements(array, first, last, part, to_array=False)
+            cupy.cuda.runtime.memcpyAsync(device, host, nbytes, _HOST_TO_DEVICE, self._stream.ptr)
+            copy_elements(array, first, last, part, to_array=True)
+        return part
+
     def empty(self, spec: TensorSpec) -> Any:
-        dtype = spec.dtype.numpy_dtype
         with cupy.cuda.Device(self._device):
-            try:
-                return cupy.empty(spec.shape, dtype)
-            except (TypeError, ValueError):  # a type CuPy lacks, such as float8: its bytes
-                return cupy.empty(spec.shape, np.dtype(f"u{dtype.itemsize}"))
+            return cupy.empty(spec.shape, spec.dtype.numpy_dtype)
 
 
 @functools.cache
@@ -159,6 +169,22 @@ def device_count() -> int:
         raise FailedPreconditionError(f"CuPy is installed, but CUDA cannot be used: {error}") from error
 
 
+def _callers_stream() -> Any:
+    """The current stream.  An event recorded in a capture would draw the copy stream into the graph, and break both."""
+    stream = cupy.cuda.get_current_stream()
+    if stream.is_capturing():
+        raise FailedPreconditionError(
+            "the current stream is being captured into a CUDA graph; save, restore and fence before or after that"
+        )
+    return stream
+
+
+def _movable(array: Any) -> Any:
+    """The array as CuPy's kernels can copy it: float8 and its kin, which it only stores, as integers."""
+    dtype = array.dtype
+    return array.view(np.dtype(f"u{dtype.itemsize}")) if dtype.isbuiltin == 2 else array
+
+
 def to_device(value: Any, device: int) -> Any:
     """``value`` as a CuPy array on the device (itself if it is there already)."""
     cuda_runtime(device)
@@ -171,4 +197,8 @@ def from_dlpack(value: Any) -> Any:
 
 
 def from_cuda_array_interface(value: Any) -> Any:
-    return cupy.asarray(value)
+    pointer = value.__cuda_array_interface__["data"][0]
+    # With another device current, asarray would copy to that one.
+    device = cupy.cuda.runtime.pointerGetAttributes(pointer).device if pointer else None
+    with cupy.cuda.Device(device):
+        return cupy.asarray(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 from collections.abc import Sequence
@@ -103,8 +104,19 @@ def memory_available() -> int | None:
 
 
 def allocate_pages(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Fresh, page-aligned memory that goes back to the system when the array is dropped."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)
+    """Fresh, page-aligned memory that goes back to the system when the array is dropped.
+
+    Private: a forked child sees what it was, and changes to it stay its own.  ResourceExhaustedError if there is none.
+    """
+    try:
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise ResourceExhaustedError(f"cannot allocate {nbytes} bytes of host memory: {error}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # The first touch of a gigabyte took 0.4 s in huge pages, 2 to 6 s in small ones.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def little_endian(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -174,7 +186,7 @@ def copy_elements(array: Any, first: int, last: int, flat: Any, *, to_array: boo
         _assign(rows, flat[done : done + rows.size].reshape(rows.shape), to_array)
         done += rows.size
     if last > end * row:
-        copy_elements(array[end : end + 1], 0, last - end * row, flat[done:], to_array=to_array)
+        copy_elements(array[end], 0, last - end * row, flat[done:], to_array=to_array)
 
 
 def _assign(ours: Any, theirs: Any, to_array: bool) -> None:

@@ -63,7 +63,11 @@ class BundleCommit:
         return temporary_path(path, self._token)
 
     def publish(self, index: bytes) -> None:
-        """Makes the bundle durable and visible.  If it raises, the prefix is as it was; then call :meth:`abort`."""
+        """Makes the bundle durable and visible.
+
+        If it raises, call :meth:`abort`: then the prefix is as it was, unless only the last step before the end failed,
+        the sync of the directory after the commit point; then the new checkpoint is there, perhaps not durable.
+        """
         storage, final_index = self._storage, index_path(self._prefix)
         for file in self.files:
             file.sync()
@@ -74,17 +78,32 @@ class BundleCommit:
         index_file.sync()
         index_file.close()
         for path in self._finals:
-            storage.replace(self._temporary(path), path)
             self._renamed.append(path)
+            storage.replace(self._temporary(path), path)
         storage.sync_directory(self._directory)
-        storage.replace(self._temporary(final_index), final_index)
-        # From here on the new checkpoint is the one that readers see: it must not be taken away again.
-        self._renamed.clear()
-        self.files.clear()
+        try:
+            storage.replace(self._temporary(final_index), final_index)
+        except Error:
+            if self._may_be_committed():
+                self._keep()
+            raise
+        self._keep()
         storage.sync_directory(self._directory)
         for name in self._old:
             with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
                 storage.remove(os.path.join(self._directory, name))
+
+    def _may_be_committed(self) -> bool:
+        """After a rename of the index that failed: a network file system may have done it, and lost the answer."""
+        try:
+            return not self._storage.exists(self._temporary(index_path(self._prefix)))
+        except Error:
+            return True
+
+    def _keep(self) -> None:
+        """The new checkpoint is the one that readers see: it must not be taken away again."""
+        self._renamed.clear()
+        self.files.clear()
 
     def abort(self) -> None:
         """Removes what was written.  Never raises; does nothing after the commit."""
@@ -93,5 +112,4 @@ class BundleCommit:
         for path in self._renamed:
             with contextlib.suppress(Error):
                 self._storage.remove(path)
-        self.files.clear()
-        self._renamed.clear()
+        self._keep()

@@ -33,7 +33,10 @@ class Item(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What the plan depends on, for one leaf.  ``array_dtype``: of a NumPy array that owns its memory, else None."""
+    """What the plan depends on, for one leaf.
+
+    ``array_dtype``: of a NumPy array that owns its memory and lies in a dict or list as it is; None for all else.
+    """
 
     name: str
     spec: TensorSpec
@@ -101,11 +104,11 @@ def plan_save(leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None) -> 
     strings: dict[int, int] = {}
     numbers: dict[Any, int] = {}
     rows: list[_Row] = []
-    own_memory = all(type(leaf.value) is not np.ndarray or leaf.value.base is None for leaf in leaves)
+    own_memory = all(map(_has_own_memory, leaves))
     cached_rows = cached.rows if cached is not None and own_memory and len(cached.rows) == len(leaves) else None
     for leaf in leaves:
         value = leaf.value
-        if cached_rows is not None and type(value) is np.ndarray:
+        if cached_rows is not None and leaf.key is not None and type(value) is np.ndarray:
             row, number = cached_rows[len(rows)], len(sources)
             is_same = row.array_dtype == value.dtype and row.spec.shape == value.shape and row.tensor == number
             if is_same and numbers.setdefault(id(value), number) == number:
@@ -133,6 +136,11 @@ def _admit(
     if number == len(sources):
         sources.append(Source(admitted.runtime, array))
     part = leaf.part
+    if part is not None and admitted.spec.shape != part.slice.shape(part.full_shape):
+        raise InvalidArgumentError(
+            f"{leaf.name}: slice {part.slice} of {list(part.full_shape)} has shape "
+            f"{list(part.slice.shape(part.full_shape))}, the array has {list(admitted.spec.shape)}"
+        )
     return _Row(
         leaf.name,
         admitted.spec,
@@ -141,8 +149,15 @@ def _admit(
         array.nbytes,
         part.slice if part is not None else None,
         part.full_shape if part is not None else None,
-        array.dtype if own_memory and array is leaf.value else None,
+        array.dtype if own_memory and leaf.key is not None and array is leaf.value else None,
     )
+
+
+def _has_own_memory(leaf: Leaf) -> bool:
+    value = leaf.value
+    if type(value) is np.ndarray:
+        return value.base is None
+    return isinstance(value, bool | int | float | complex | str | bytes | np.generic)
 
 
 def _identity(admitted: Admitted, own_memory: bool) -> Any:

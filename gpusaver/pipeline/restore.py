@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,33 +54,51 @@ def read_entries(
     owners = {id(runtime): number for number, runtime in enumerate({id(r.runtime): r.runtime for r in reads}.values())}
     column = _columns(reads, owners)
     verifier = _Verifier(reads, column[2].tolist(), describe)
+    splitting = threading.Lock()
 
     def read(chunk: Chunk, slot: LazySlot) -> None:
         runtime = reads[chunk.pieces[0].tensor].runtime
         views = _views(chunk, reads, runtime) if keep else [None] * len(chunk.pieces)
         staged = slot.get() if any(view is None for view in views) else None
+        # Before reading: what fails half-way has overwritten something, and so have the neighbours of a damaged tensor.
+        verifier.touched(piece.tensor for piece, view in zip(chunk.pieces, views, strict=True) if view is not None)
         files[chunk.shard].read_into(chunk.offset, vectored_buffers(chunk, views, staged, _filler()))
         transfers = []
         for piece, view in zip(chunk.pieces, views, strict=True):
             tensor, start, offset, nbytes = piece
             if view is not None:
-                verifier.touched(tensor)
-                verifier.add(chunk, piece, crc32c(view))
+                verifier.add(piece, crc32c(view))
             elif staged is not None:
-                verifier.add(chunk, piece, crc32c(staged[offset : offset + nbytes]))
+                verifier.add(piece, crc32c(staged[offset : offset + nbytes]))
                 transfers.append(Transfer(reads[tensor].array, start, offset, nbytes))
         if keep and transfers and staged is not None:
-            for piece in chunk.pieces:
-                verifier.touched(piece.tensor)
-            event = runtime.from_slot(transfers, staged)
-            if event is not None:
-                event.synchronize()
+            verifier.touched(piece.tensor for piece, view in zip(chunk.pieces, views, strict=True) if view is None)
+            with splitting if _splits_elements(chunk, reads) else contextlib.nullcontext():
+                event = runtime.from_slot(transfers, staged)
+                if event is not None:
+                    event.synchronize()
 
     try:
         work_off(chunks(*column, CHUNK_NBYTES, max_gap=_MAX_GAP), read, slots, threads)
         verifier.finish()
     except DataLossError as error:
         raise DataLossError(error.message, modified=verifier.modified if keep else ()) from error
+    except BaseException as error:
+        if keep and verifier.modified:
+            error.add_note(f"Variables that had been overwritten by then: {', '.join(verifier.modified[:20])}")
+        raise
+
+
+def _splits_elements(chunk: Chunk, reads: Sequence[Read]) -> bool:
+    """Whether an element lies partly in this chunk, partly in a neighbour (small tensors are packed without gaps).
+
+    In arrays that are not plain memory such an element is read, changed and written back, by one thread at a time.
+    """
+    first, last = chunk.pieces[0], chunk.pieces[-1]
+    return any(
+        border % (reads[piece.tensor].entry.spec.dtype.itemsize or 1)
+        for piece, border in ((first, first.start), (last, last.start + last.nbytes))
+    )
 
 
 def _filler() -> memoryview:
@@ -117,13 +137,13 @@ class _Verifier:
         self._describe = describe
         self._touched: set[int] = set()
 
-    def add(self, chunk: Chunk, piece: Any, crc: int) -> None:
+    def add(self, piece: Any, crc: int) -> None:
         whole = self._checksums.add(piece, crc)
         if whole is not None:
             self._compare(piece.tensor, whole)
 
-    def touched(self, tensor: int) -> None:
-        self._touched.add(tensor)
+    def touched(self, tensors: Iterable[int]) -> None:
+        self._touched.update(tensors)
 
     @property
     def modified(self) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ none can be started during it (then the calling thread does all the work).
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -17,9 +19,10 @@ Job = TypeVar("Job")
 
 
 class Slots:
-    """At most ``count`` page-aligned buffers of ``nbytes`` bytes, made when first needed and kept for reuse.
+    """Page-aligned buffers of ``nbytes`` bytes, made when first needed and kept for reuse.
 
-    A thread borrows one at a time.  As many as there are workers suffice: nobody ever waits for one.
+    May be used from any thread.  A worker borrows one at a time, so there are at most as many as there were workers at
+    any moment, and nobody ever waits for one.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -67,14 +70,17 @@ def work_off(
 ) -> None:
     """Calls ``work(job, slot)`` for every job, from ``threads`` threads, the calling one among them.
 
-    Returns when all are done.  The first error stops the others at their next job and is raised when all threads have
+    No more threads take part than there are jobs.  Returns when all jobs are done.  The first error, an interruption
+    of the calling thread (Ctrl-C) included, stops the others at their next job and is raised when all threads have
     ended; CancelledError if ``cancelled`` was set before the last job was taken.
     """
-    pending = iter(jobs)
+    jobs = iter(jobs)
+    first = list(itertools.islice(jobs, threads))
+    pending = itertools.chain(first, jobs)
     lock = threading.Lock()
     errors: list[BaseException] = []
 
-    def run() -> None:
+    def run(ended: threading.Event) -> None:
         slot = LazySlot(slots)
         try:
             for job in _share(pending, lock, errors, cancelled):
@@ -83,17 +89,28 @@ def work_off(
             errors.append(error)
         finally:
             slot.close()
+            ended.set()
 
-    helpers = []
-    for number in range(threads - 1):
-        helper = threading.Thread(target=run, name=f"gpusaver-worker-{number}")
+    helpers: list[tuple[threading.Thread, threading.Event]] = []
+    try:
+        # RuntimeError: the interpreter is shutting down, or the system is out of threads.
+        with contextlib.suppress(RuntimeError):
+            for number in range(1, len(first)):
+                ended = threading.Event()
+                helper = threading.Thread(target=run, args=(ended,), name=f"gpusaver-worker-{number}")
+                helper.start()
+                helpers.append((helper, ended))
+        run(threading.Event())
+    except BaseException as error:
+        errors.append(error)
+    while not all(ended.is_set() for _, ended in helpers):
         try:
-            helper.start()
-        except RuntimeError:  # the interpreter is shutting down, or the system is out of threads
-            break
-        helpers.append(helper)
-    run()
-    for helper in helpers:
+            # Not join: interrupted, it takes the thread for ended (Python 3.11 and 3.12).
+            for _, ended in helpers:
+                ended.wait()
+        except BaseException as error:  # Ctrl-C must not leave the caller's arrays to threads that still fill them
+            errors.append(error)
+    for helper, _ in helpers:
         helper.join()
     if errors:
         raise errors[0]

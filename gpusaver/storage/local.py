@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from gpusaver.errors import OutOfRangeError, from_os_error
+from gpusaver.errors import Error, OutOfRangeError, from_os_error
 from gpusaver.storage.base import Buffer
 
 #: What O_DIRECT wants of offset, length and address on every device in use (512 would do on some).
@@ -25,6 +25,9 @@ _MAX_BYTES = 0x7FFFF000
 #: file systems (NFS, Lustre) it is slower; tmpfs has no such thing.
 _DIRECT_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "f2fs"})
 
+#: What file systems without reservation answer (FUSE, some network file systems); then ENOSPC shows when writing.
+_CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -33,6 +36,8 @@ _CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 def _translated(action: str, path: str) -> Iterator[None]:
     try:
         yield
+    except Error:  # some are OSErrors too
+        raise
     except OSError as error:
         raise from_os_error(error, action, path) from error
 
@@ -66,7 +71,7 @@ class LocalWritableFile:
         self._path = path
         self._fd = fd
         self._nbytes = nbytes
-        self._end = 0
+        self._is_padded = False
         self._aborted = False
 
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -74,11 +79,12 @@ class LocalWritableFile:
         with _translated("write", self._path):
             if _move(os.pwritev, self._fd, offset, buffers) != wanted:
                 raise OSError(errno.EIO, "wrote nothing")
-        self._end = max(self._end, offset + wanted)
+        if offset + wanted > self._nbytes:
+            self._is_padded = True
 
     def sync(self) -> None:
         with _translated("sync", self._path):
-            if self._end > self._nbytes:
+            if self._is_padded:
                 os.ftruncate(self._fd, self._nbytes)
             _full_sync(self._fd)
 
@@ -89,7 +95,7 @@ class LocalWritableFile:
                 os.close(fd)
 
     def abort(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Error):
             self.close()
         if not self._aborted:
             self._aborted = True
@@ -221,9 +227,13 @@ def _reserve(fd: int, nbytes: int) -> None:
     if nbytes == 0:
         return
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, nbytes)
-    else:
-        os.ftruncate(fd, nbytes)
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+            return
+        except OSError as error:
+            if error.errno not in _CANNOT_RESERVE:
+                raise
+    os.ftruncate(fd, nbytes)
 
 
 def _full_sync(fd: int) -> None:

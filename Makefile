@@ -1,0 +1,169 @@
+# Every verb of the project, the same for people and for CI; `make` alone lists them. GNU make 3.81 is enough.
+#
+#   PYTHON=python3.12   what to make environments with; otherwise the newest of python3.13, 3.12 and 3.11, otherwise uv
+#   VENV=.venv          the environment to make and use; VENV=0 uses the active one as it is (a conda CuPy serves),
+#                       and then only `make install VENV=0` installs anything
+#   GPUSAVER_CPU=1      leave the CUDA extra out even where nvidia-smi reports a driver
+#   OUTPUT=build/demo   where `make demo` writes
+
+PYTHON ?=
+VENV ?= .venv
+OUTPUT = build/demo
+
+.NOTPARALLEL:
+.SUFFIXES:
+.PHONY: help install demo test test-tf check test-gpu bench bench-gpu nightly docs protos clean
+.PHONY: active require-gpu require-tf
+
+SYSTEM := $(shell uname -sm)
+ifeq ($(filter Linux Darwin,$(SYSTEM)),)
+$(error gpusaver is developed on Linux, or on macOS without CUDA, and this system is neither: on Windows use WSL 2)
+endif
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+ifeq ($(VENV),0)
+PY := $(or $(PYTHON),python3)
+READY := active
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+# TensorFlow and the peers of the benchmark pin their own NumPy and protobuf: each has an environment of its own.
+TF_PY := .venv-tf/bin/python
+BENCH_PY := .venv-bench/bin/python
+# The real published network that tests/tf reads: PyPI's wheel, which pip checks against the hash in basic-pitch.txt.
+BASIC_PITCH := $(CURDIR)/.venv-tf/wheels/basic_pitch-0.4.0-py2.py3-none-any.whl
+
+ifeq ($(SYSTEM),Linux x86_64)
+TF_READY := .venv-tf/.installed
+endif
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+# $(call make_venv,DIRECTORY): leaves one whose Python runs as it is, but for a missing pip. A candidate must run (the shim
+# of a version manager may not), be new enough, and bring ensurepip (Debian splits it off).
+define make_venv
+@if ! $(1)/bin/python -c '' 2>/dev/null; then \
+    rm -rf $(1); \
+    for python in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11); do \
+        if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+            echo "$(1): made with $$python"; exec "$$python" -m venv $(1); \
+        fi; \
+    done; \
+    if [ -n "$(PYTHON)" ]; then \
+        echo "PYTHON=$(PYTHON) does not run, is older than 3.11 or lacks venv: name another, or none." >&2; exit 1; \
+    elif command -v uv >/dev/null 2>&1; then \
+        echo "$(1): made with uv"; exec uv venv --quiet --seed --python '>=3.11,<3.14' $(1); \
+    fi; \
+    echo "Install Python 3.11, 3.12 or 3.13 with venv (Debian and Ubuntu: apt install python3-venv; macOS: brew install" \
+        "python@3.13), or name one with PYTHON=." >&2; \
+    exit 1; \
+fi
+@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(1)/bin/python -m ensurepip >/dev/null
+endef
+
+# 12, 13 or nothing: the CUDA major to install for. A driver runs what was built for its own and for any older major; an
+# environment that has a CuPy keeps it, since two break each other.
+define cuda_major
+$$( \
+    [ "$(GPUSAVER_CPU)" != 1 ] || exit 0; \
+    major=$$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Za-z ]*Version: *\([0-9][0-9]*\).*/\1/p' | head -n 1); \
+    [ "$${major:-0}" -ge 12 ] || exit 0; \
+    ! $(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("cupy") is None)' || exit 0; \
+    if [ "$$major" -ge 13 ]; then echo 13; else echo 12; fi \
+)
+endef
+
+# The demo trains on CuPy and so needs cuBLAS and the rest of the toolkit, which saving and restoring do not.
+define pip_install_dev
+@cuda=$(cuda_major); package=".[dev$${cuda:+,cuda$$cuda}]"; \
+echo "$(PY): installing $$package$${cuda:+ with the CUDA $$cuda toolkit}"; \
+$(PY) -m pip install --quiet -e "$$package" $${cuda:+"cupy-cuda$${cuda}x[ctk]"}
+endef
+
+$(VENV)/.installed: pyproject.toml
+	$(call make_venv,$(VENV))
+	$(pip_install_dev)
+	@touch $@
+
+.venv-tf/.installed: pyproject.toml tests/tf/requirements.txt tests/tf/basic-pitch.txt
+	$(call make_venv,.venv-tf)
+	@$(TF_PY) -c 'import sys; sys.exit(sys.version_info >= (3, 14))' || { \
+	    rm -r .venv-tf; echo "TensorFlow needs Python 3.11, 3.12 or 3.13: name one with PYTHON=." >&2; exit 1; }
+	@echo ".venv-tf: installing gpusaver[test] and TensorFlow"
+	@$(TF_PY) -m pip install --quiet -e '.[test]' -r tests/tf/requirements.txt
+	@$(TF_PY) -m pip download --quiet --no-deps --ignore-requires-python --require-hashes \
+	    --dest .venv-tf/wheels -r tests/tf/basic-pitch.txt
+	@touch $@
+
+.venv-bench/.installed: pyproject.toml benchmarks/requirements.txt
+	$(call make_venv,.venv-bench)
+	@echo ".venv-bench: installing gpusaver and the libraries it is measured against"
+	@$(BENCH_PY) -m pip install --quiet -e . -r benchmarks/requirements.txt
+	@touch $@
+
+active:
+	@$(PY) -c 'import google.protobuf, fastcrc, ml_dtypes, numpy, pynvml' || { \
+	    echo "The active environment lacks what gpusaver needs: make install VENV=0 installs it there." >&2; exit 1; }
+
+require-gpu:
+	@nvidia-smi --list-gpus 2>/dev/null | grep -q GPU || { \
+	    echo "This needs an NVIDIA GPU and its driver, and nvidia-smi reports none on this machine." >&2; exit 1; }
+
+require-tf:
+	@[ -n "$(TF_READY)" ] || { \
+	    echo "This needs tensorflow-cpu, which is tested on Linux x86-64 alone; this is $(SYSTEM)." >&2; exit 1; }
+
+# ----------------------------------------------------------------------------------------------------------- verbs
+
+help:            ## list the verbs
+	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' Makefile | expand -t 14
+
+ifeq ($(VENV),0)
+install:
+	$(pip_install_dev)
+else
+install: $(READY)  ## make .venv and install gpusaver, its tools and the fitting CUDA extra
+endif
+
+demo: $(READY)   ## train, get killed, resume: ends with the numbers of a run that was never killed
+	@$(PY) examples/train_digits.py --output $(OUTPUT)
+
+test: $(READY)   ## the tests that need neither TensorFlow nor a GPU
+	$(PY) -m pytest -n 2 --ignore tests/tf --ignore tests/gpu
+
+test-tf: require-tf $(TF_READY)  ## against TensorFlow, in an environment of its own (Linux x86-64)
+	GPUSAVER_BASIC_PITCH=$(BASIC_PITCH) $(TF_PY) -m pytest tests/tf
+
+check: $(READY)  ## lint, format, types, layers, generated messages, documentation
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	$(PY) proto/generate.py --check
+	@$(MAKE) docs
+
+test-gpu: require-gpu $(READY)   ## the tests on an NVIDIA GPU
+	GPUSAVER_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu
+
+bench: .venv-bench/.installed $(TF_READY)  ## measure against torch.save, safetensors, np.savez and TensorFlow
+	$(BENCH_PY) benchmarks/bench.py
+
+bench-gpu: require-gpu $(READY)  ## measure on an NVIDIA GPU
+	$(PY) benchmarks/bench_gpu.py
+
+nightly: $(READY)  ## test and test-tf with many more generated examples
+	PYTEST_ADDOPTS=--hypothesis-profile=nightly $(MAKE) test test-tf
+
+docs: $(READY)   ## build/docs/index.html, warnings being errors
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+
+protos: $(READY)  ## generate gpusaver/protos from proto/ (Python 3.11 or 3.12)
+	$(PY) proto/generate.py
+
+clean:           ## remove what was built; the environments stay: rm -r .venv*
+	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,181 @@
+"""A Saver of arrays on simulated devices, which are as slow and as hasty as they may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from sim.errors import CUDARuntimeError
+from sim.fixture import SCHEDULES, every_schedule, simulated_cupy  # noqa: F401
+from sim.tools import late, on_device, on_host, stored, values
+
+import gpusaver
+from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
+from gpusaver.saver import Saver
+
+
+def state(sim: Any, seed: int = 0) -> dict[str, Any]:
+    """Of every kind of layout, 0.7 MB, on two devices and the host."""
+    rng = np.random.default_rng(seed)
+    big, middle = rng.standard_normal((300, 500)).astype(np.float32), rng.integers(0, 9, (64, 33)).astype(np.int16)
+    result = {"big": on_device(sim, big), "turned": on_device(sim, middle).T, "odd": on_device(sim, middle)[1:, ::3]}
+    result["bf16"] = on_device(sim, values(np.dtype(ml_dtypes.bfloat16), seed))[:, ::2]
+    with sim.cupy.cuda.Device(1):
+        result["other/w"] = on_device(sim, rng.standard_normal(200).astype(np.float64))
+        result["other/empty"] = sim.cupy.zeros((0, 4), np.float32)
+        result["other/scalar"] = on_device(sim, np.asarray(seed, np.int64))
+    result["host"] = middle[::2].copy()
+    return result
+
+
+def contents(sim: Any, variables: dict[str, Any]) -> dict[str, bytes]:
+    return {name: stored(a) if isinstance(a, np.ndarray) else on_host(a) for name, a in variables.items()}
+
+
+def change(variables: dict[str, Any], value: int) -> None:
+    for array in variables.values():
+        if isinstance(array, np.ndarray):
+            array.fill(value)
+            continue
+        with array.device:
+            array.fill(value)
+
+
+@every_schedule
+@pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
+def test_a_saver_saves_and_restores(sim, tmp_path, sharded):
+    variables = state(sim)
+    expected = contents(sim, variables)
+    pointers = {name: array.data.ptr for name, array in variables.items() if name != "host"}
+    with Saver(variables, sharded=sharded) as saver:
+        prefix = saver.save(tmp_path / "model", global_step=1)
+        change(variables, 7)
+        saver.restore(prefix)
+        for array in list(variables.values())[:2]:
+            array *= 1  # queued after the restored values
+    assert contents(sim, variables) == expected
+    assert {name: array.data.ptr for name, array in variables.items() if name != "host"} == pointers
+    files = sorted(path.name for path in tmp_path.iterdir() if ".data-" in path.name)
+    assert len(files) == (3 if sharded else 1)
+    sim.assert_quiescent()
+
+
+@every_schedule
+@pytest.mark.parametrize("capture", ["snapshot", "deferred", "blocking", "auto"])
+def test_the_file_holds_the_values_at_the_call(sim, tmp_path, capture):
+    """The variables change at the first moment that the capture mode allows."""
+    variables = state(sim)
+    expected = contents(sim, variables)
+    with Saver(variables) as saver:
+        for step in range(2):
+            saver_pending = saver.save_async(tmp_path / "model", global_step=step, capture=capture)
+            if capture == "deferred":
+                saver_pending.fence()
+            change(variables, 50 + step)
+            prefix = saver_pending.result()
+            change(variables, 1)
+            saver.restore(prefix)
+            assert contents(sim, variables) == expected
+    sim.assert_quiescent()
+
+
+def test_files_are_the_same_as_from_numpy(sim, tmp_path):
+    """Sizes are multiples of 16, the alignment of small tensors that a device writes."""
+    rng = np.random.default_rng(3)
+    host = {f"v{n}": rng.integers(0, 99, (8, 2 * n + 2)).astype(np.int32) for n in range(40)}
+    host["large"] = rng.standard_normal((300, 400))
+    device = {name: on_device(sim, array.T).T for name, array in host.items()}
+    for name, variables in (("host", host), ("device", device)):
+        with Saver(variables) as saver:
+            saver.save(tmp_path / name / "model")
+    for path in (tmp_path / "host").glob("model*"):
+        assert path.read_bytes() == (tmp_path / "device" / path.name).read_bytes(), path.name
+
+
+@late
+def test_a_checkpoint_goes_from_the_device_to_the_host_and_back(sim, tmp_path):
+    variables = state(sim)
+    expected = contents(sim, variables)
+    with Saver(variables) as saver:
+        prefix = saver.save(tmp_path / "device")
+    host = {name: np.zeros(array.shape, array.dtype) for name, array in variables.items()}
+    with Saver(host) as saver:
+        saver.restore(prefix)
+        assert contents(sim, host) == expected
+        prefix = saver.save(tmp_path / "host")
+    change(variables, 3)
+    with Saver(variables) as saver:
+        saver.restore(prefix)
+    assert contents(sim, variables) == expected
+
+
+@late
+def test_variables_live_on_their_device(sim, tmp_path):
+    host = np.arange(100, dtype=np.float32)
+    with gpusaver.variables():
+        moved = [gpusaver.Variable(host + number, f"v{number}", device=f"cuda:{number}") for number in (0, 1)]
+        assert [variable.value.device.id for variable in moved] == [0, 1]
+        with pytest.raises(FailedPreconditionError, match="CuPy sees 2 CUDA devices"):
+            gpusaver.Variable(host, device="cuda:7")
+        with Saver(sharded=True) as saver:
+            prefix = saver.save(tmp_path / "model")
+    for number in (0, 1):
+        assert gpusaver.load_variable(prefix, f"v{number}").tolist() == (host + number).tolist()
+    assert len(list(tmp_path.glob("*.data-*-of-00002"))) == 2
+
+
+@late
+def test_tied_arrays_are_stored_once(sim, tmp_path):
+    array = sim.cupy.arange(1000, dtype=np.float32)
+    with Saver({"a": array, "b": array[:], "half": array[:500]}) as saver:
+        saver.save(tmp_path / "model")
+    assert next(tmp_path.glob("*.data-*")).stat().st_size == 6000
+
+
+@pytest.mark.parametrize("sim", [{"schedule": name, "capacity": 1 << 20} for name in SCHEDULES], indirect=True)
+def test_auto_blocks_where_memory_does_not_suffice(sim, tmp_path, caplog):
+    variables = state(sim)
+    expected = contents(sim, variables)
+    with Saver(variables) as saver:
+        with pytest.raises(ResourceExhaustedError):
+            saver.save_async(tmp_path / "no", capture="snapshot")
+        pending = saver.save_async(tmp_path / "model", capture="auto")
+        assert pending.capture == "blocking"
+        change(variables, 9)
+        saver.restore(pending.result())
+    assert contents(sim, variables) == expected
+    assert "no room for a copy" in caplog.text
+
+
+@pytest.mark.parametrize("capture", ["snapshot", "blocking"])
+def test_whichever_call_fails_older_checkpoints_stay_good(sim, tmp_path: Path, capture):
+    variables = {"a": sim.cupy.arange(300, dtype=np.int32), "b": sim.cupy.arange(60, dtype=np.int16).reshape(6, 10).T}
+    expected = contents(sim, variables)
+    with Saver(variables) as saver:
+        good = saver.save(tmp_path / "good")
+    number = failures = 0
+    while failures == number:
+        number += 1
+        with Saver(variables) as saver:
+            sim.fail_at(number)
+            try:
+                saver.save_async(tmp_path / "bad", capture=capture, write_state=False).result()
+            except CUDARuntimeError:
+                failures += 1
+                assert not list(tmp_path.glob("bad*"))
+                saver.save(tmp_path / "next", write_state=False)
+            sim.fail_at(10**6)
+            change(variables, 2)
+            saver.restore(good)
+            assert contents(sim, variables) == expected
+    assert failures > 5
+    sim.assert_quiescent()
+
+
+def test_a_big_endian_device_array_is_refused_by_name(sim):
+    array = sim.cupy.zeros(3, np.dtype(">f4"))
+    with pytest.raises(TypeError, match=r"layer/w: a big-endian array"):
+        Saver({"layer": {"w": array}})
