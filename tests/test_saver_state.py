@@ -71,6 +71,6 @@ def test_surplus_positional_arguments_name_the_front_end_with_sessions(tmp_path:
 def test_a_state_file_given_as_prefix_is_recognised(tmp_path: Path) -> None:
     with gpusaver.Saver({"w": np.zeros(3)}) as saver:
         prefix = saver.save(tmp_path / "k", 1)
-        with pytest.raises(gpusaver.InvalidArgumentError, match="is a state file; .*k-1") as caught:
+        with pytest.raises(gpusaver.InvalidArgumentError, match=r"is a state file; .*k-1") as caught:
             saver.restore(tmp_path / "checkpoint")
     assert prefix in str(caught.value)

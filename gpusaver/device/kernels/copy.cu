@@ -64,20 +64,22 @@ __device__ inline void copy(Byte* __restrict__ target, const Byte* __restrict__ 
     const uint4* alike = reinterpret_cast<const uint4*>(from);
     const unsigned* words = reinterpret_cast<const unsigned*>(from / 4 * 4);
     unsigned shift = from % 4 * 8;
-    bool is_alike = from % 16 == 0;
     uint4 held[VECTORS];
+    if (from % 16 == 0) {
 #pragma unroll
-    for (unsigned turn = 0; turn < VECTORS; ++turn) {
-        unsigned vector = turn * THREADS + thread;
-        if (vector < vectors)
-            held[turn] = is_alike ? alike[vector] : shifted(words + 4 * vector, shift);
+        for (unsigned turn = 0; turn < VECTORS; ++turn)
+            if (unsigned vector = turn * THREADS + thread; vector < vectors)
+                held[turn] = alike[vector];
+    } else {
+#pragma unroll
+        for (unsigned turn = 0; turn < VECTORS; ++turn)
+            if (unsigned vector = turn * THREADS + thread; vector < vectors)
+                held[turn] = shifted(words + 4 * vector, shift);
     }
 #pragma unroll
-    for (unsigned turn = 0; turn < VECTORS; ++turn) {
-        unsigned vector = turn * THREADS + thread;
-        if (vector < vectors)
+    for (unsigned turn = 0; turn < VECTORS; ++turn)
+        if (unsigned vector = turn * THREADS + thread; vector < vectors)
             body[vector] = held[turn];
-    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const Tile* tiles, Byte* image)
@@ -90,4 +92,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) scatter(const Tile* tiles,
 {
     Tile tile = tiles[blockIdx.x];
     copy(reinterpret_cast<Byte*>(tile.array), image + tile.offset, static_cast<unsigned>(tile.nbytes));
+}
+
+// How many units of the array lie before, in each dimension, the one that is `local` units after `start`.
+// Requires: local < TILE_UNITS.
+__device__ inline long long offset_of(
+    const long long* start, unsigned local, const long long (&sizes)[DIMS], const long long (&strides)[DIMS])
+{
+    long long offset = 0;
+    long long carry = local;
+#pragma unroll
+    for (unsigned dim = 0; dim < DIMS; ++dim) {
+        long long place = start[dim] + carry;
+        if (place < sizes[dim]) {
+            carry = 0;
+        } else if (sizes[dim] > TILE_UNITS) {
+            place -= sizes[dim];
+            carry = 1;
+        } else {  // both are small, and dividing 64 bits takes four times as long
+            carry = static_cast<unsigned>(place) / static_cast<unsigned>(sizes[dim]);
+            place -= carry * sizes[dim];
+        }
+        offset += place * strides[dim];
+    }
+    return offset;
 }
