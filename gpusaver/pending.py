@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gpusaver.device import Event
 from gpusaver.errors import CancelledError, FailedPreconditionError
 
 
@@ -48,13 +49,29 @@ class PendingSave:
     being saved, every method raises FailedPreconditionError.
     """
 
-    def __init__(self, prefix: str, capture: str, reason: str, started_at: float, *, is_awaited: bool) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        capture: str,
+        reason: str,
+        started_at: float,
+        *,
+        is_awaited: bool,
+        devices: int,
+        has_host_arrays: bool,
+    ) -> None:
         self.prefix = prefix
         self.capture = capture
         self.reason = reason
         self.report: SaveReport | None = None
         self.cancel_requested = threading.Event()
         self._captured = threading.Event()
+        self._recorded = threading.Event()
+        self._events: list[Event] = []
+        self._devices = devices
+        self._has_host_arrays = has_host_arrays
+        if not devices:
+            self._recorded.set()
         self._captured_at = 0.0
         self._started_at = started_at
         self._error: BaseException | None = None
@@ -107,17 +124,30 @@ class PendingSave:
         return self._captured.wait(timeout)
 
     def fence(self, stream: Any = None) -> None:
-        """Returns when the variables may be changed; raises the save's error if it failed before.
+        """Place it before the work that changes the variables; raises the save's error if it has failed.
 
-        ``stream`` (a CuPy stream, or anything with ``__cuda_stream__``) is where the changing work will be queued.
-        The copies of this runtime have finished on the host's clock by then, so any stream will do.
+        For device arrays it blocks the host only until their last copy has been queued, then has ``stream`` (a CuPy
+        stream, or anything with ``__cuda_stream__``; None: the current one of each device) wait for that copy.  For
+        host arrays it blocks until they have been read.  After a failure no copy is in flight any more when it raises.
         """
-        self.wait_captured()
+        self._check_process()
+        self._recorded.wait()
+        if self._has_host_arrays:
+            self._captured.wait()
         if self._error is not None:
             self._delivered = True
             raise self._error
+        for event in list(self._events):
+            event.hold_back(stream)
 
     # Called by the Saver.
+
+    def mark_recorded(self, event: Event) -> None:
+        """The last copy of one device ends with ``event``."""
+        with self._lock:
+            self._events.append(event)
+            if len(self._events) == self._devices:
+                self._recorded.set()
 
     def mark_captured(self) -> None:
         if not self._captured.is_set():
@@ -141,6 +171,7 @@ class PendingSave:
     def fail(self, error: BaseException) -> None:
         self._state = _State.DONE
         self._error = error
+        self._recorded.set()
         self._captured.set()  # before the callbacks, which may wait for it
         self._future.set_exception(error)
 

@@ -34,6 +34,7 @@ from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import BundleCommit
 from gpusaver.pipeline.plan import Plan, Save, plan_save
 from gpusaver.pipeline.save import Source, write_chunks
+from gpusaver.pipeline.staging import Ring
 from gpusaver.pipeline.workers import Slots
 from gpusaver.reader import READ_THREADS, CheckpointReader
 from gpusaver.restoring import RestoreReport, restore_leaves
@@ -50,6 +51,7 @@ WhenBusy = Literal["wait", "skip", "raise"]
 #: Around the page cache more writes must be under way at once than through it, where two cores copy.
 _DIRECT_THREADS = 4
 _BUFFERED_THREADS = 2
+_RING_SLOTS = 4
 
 
 class _Request(NamedTuple):
@@ -74,6 +76,8 @@ class Saver:
     directory can be moved.  ``restore_sequentially``: restore with one thread.  ``saver_def``: a SaverDef, ours or
     TensorFlow's, whose retention and sharding are taken.  ``defer_build``: :meth:`build` is called later.  ``name``,
     ``filename``: attributes without effect on a save or restore, as in TensorFlow.
+    ``staging_bytes``: pinned host memory for copies from devices; the least, and the default, is 32 MiB; as much as the
+    state lets a "deferred" save run at the speed of the link, whatever the disk's.
     ``direct_io``: None decides by directory and size, True or False for all.  ``clock``: seconds since the epoch.
 
     Methods may be called from any thread; saves come one after the other.  A context manager: leaving it closes.
@@ -99,6 +103,7 @@ class Saver:
         save_relative_paths: bool = True,
         filename: str | None = None,
         direct_io: bool | None = None,
+        staging_bytes: int = 0,
         storage: Storage | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -121,6 +126,8 @@ class Saver:
         self._clock = clock
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
         self._slots = Slots(CHUNK_NBYTES)
+        self._staging_bytes = staging_bytes
+        self._ring: Ring | None = None
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
         self._plan: Plan | None = None
@@ -239,7 +246,16 @@ class Saver:
         self._plan = save.plan
         make_directory(self._storage, os.path.dirname(prefix), prefix)
         save, mode, reason = self._capture(save, request.capture)
-        pending = PendingSave(prefix, mode, reason, started_at, is_awaited=request.is_awaited)
+        devices = [runtime for runtime in save.runtimes() if runtime is not HOST]
+        pending = PendingSave(
+            prefix,
+            mode,
+            reason,
+            started_at,
+            is_awaited=request.is_awaited,
+            devices=len(devices),
+            has_host_arrays=len(devices) < len(save.runtimes()),
+        )
         if mode == "snapshot" and save.runtimes() == [HOST]:
             pending.mark_captured()
         self._pending = pending
@@ -284,10 +300,12 @@ class Saver:
             return save, capture, reason
         try:
             sources: list[Source] = list(save.sources)
+            places = save.plan.layout.places().tolist()
             for runtime in save.runtimes():
                 numbers = [number for number, source in enumerate(save.sources) if source.runtime is runtime]
                 arrays = [save.sources[number].array for number in numbers]
-                copies, memory = runtime.snapshot(arrays, self._snapshots.get(runtime.name))
+                own_places = [places[number] for number in numbers]
+                copies, memory = runtime.snapshot(arrays, own_places, self._snapshots.get(runtime.name))
                 self._snapshots[runtime.name] = memory
                 runtime.order_after_caller(copies)
                 for number, copy in zip(numbers, copies, strict=True):
@@ -314,7 +332,9 @@ class Saver:
                 save.sources,
                 commit.files,
                 self._slots,
+                self._ring_for(save),
                 _DIRECT_THREADS if is_direct else _BUFFERED_THREADS,
+                on_recorded=pending.mark_recorded,
                 on_staged=pending.mark_captured,
                 cancelled=pending.cancel_requested,
             )
@@ -335,6 +355,14 @@ class Saver:
                 pending.fail(error)
             return
         pending.finish(len(save.plan.items), sum(layout.nbytes.tolist()))
+
+    def _ring_for(self, save: Save) -> Ring | None:
+        """Pinned memory for the copies of device arrays, made at the first save that has any and kept."""
+        devices = [runtime for runtime in save.runtimes() if runtime is not HOST]
+        if self._ring is None and devices:
+            count = max(_RING_SLOTS, -(-self._staging_bytes // CHUNK_NBYTES))
+            self._ring = Ring(CHUNK_NBYTES, count, devices[0].allocate)
+        return self._ring if devices else None
 
     def _update_state(self, prefix: str, meta_graph_suffix: str, state_name: str) -> None:
         retention = copy.copy(self._retention)  # taken over only if the state file could be written
@@ -441,6 +469,8 @@ class Saver:
                 self._raise_earlier_error()
             finally:
                 self._slots.close()
+                if self._ring is not None:
+                    self._ring.close()
                 self._snapshots.clear()
                 self._plan = None
 

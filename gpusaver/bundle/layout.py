@@ -63,6 +63,18 @@ class Layout:
     owner: Column
     shard_nbytes: tuple[int, ...]
 
+    def places(self) -> Column:
+        """Where each tensor lies in an image of all that its owner has: runs behind one another, as in the files."""
+        places = np.zeros(len(self.nbytes), dtype=np.int64)
+        for owner in np.unique(self.owner):
+            end = 0
+            for shard in np.unique(self.shard[self.owner == owner]):
+                run = np.flatnonzero((self.owner == owner) & (self.shard == shard))
+                begin = int(self.offset[run].min()) // PAGE * PAGE
+                places[run] = self.offset[run] - begin + end
+                end = _round_up(int((places[run] + self.nbytes[run]).max()), PAGE)
+        return places
+
     def chunks(self, chunk_nbytes: int) -> Iterator[Chunk]:
         """Every byte of every tensor exactly once.  Requires: ``chunk_nbytes`` is a multiple of PAGE."""
         return chunks(self.shard, self.offset, self.nbytes, self.owner, chunk_nbytes, max_gap=PAGE)

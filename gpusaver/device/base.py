@@ -18,6 +18,18 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Blocks until it has, GIL free; raises if it failed."""
 
+    def hold_back(self, stream: Any) -> None:
+        """Work queued in ``stream`` from now on (None: the device's current one) starts when it has happened."""
+
+
+class HostBuffer(Protocol):
+    """Page-aligned host memory that a runtime copies to and from fast."""
+
+    view: memoryview
+
+    def free(self) -> None:
+        """Idempotent.  Requires: no copy uses it any more."""
+
 
 class Transfer(NamedTuple):
     """``nbytes`` bytes of ``array`` (of its row-major form, from byte ``start``) against ``offset`` of a slot."""
@@ -45,21 +57,31 @@ class Runtime(Protocol):
     def order_caller_after(self) -> None:
         """Work that the calling thread queues from now on sees all copies queued so far (restores)."""
 
-    def snapshot(self, arrays: Sequence[Any], memory: Any | None) -> tuple[list[Any], Any]:
+    def snapshot(self, arrays: Sequence[Any], places: Sequence[int], memory: Any | None) -> tuple[list[Any], Any]:
         """Copies of the arrays as they are now, in order of the caller's work, and the memory that holds them.
 
-        ``memory`` is what an earlier call returned, reused if it suffices.  Call it in the caller's thread.
-        Raises ResourceExhaustedError, before anything is copied, if there is not enough memory.
+        ``places``: where each copy begins in that memory (bytes, ascending with the places in the data file, so that a
+        chunk lies there in one piece).  ``memory`` is what an earlier call returned, reused if it suffices.  Call it in
+        the caller's thread.  Raises ResourceExhaustedError, before anything is copied, if memory is short.
         """
 
     def view(self, array: Any, start: int, nbytes: int) -> memoryview | None:
         """The bytes themselves, writable if the array is, where the host can address them in place; else None."""
 
+    def allocate(self, nbytes: int) -> HostBuffer:
+        """Host memory for slots.  ResourceExhaustedError if there is none."""
+
     def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
-        """Copies the parts into the slot; they are there when the event has happened (None: already)."""
+        """Copies the parts into the slot; they are there when the event has happened (None: already).
+
+        Gaps between them may be overwritten with anything until then.
+        """
 
     def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
         """Copies from the slot into the arrays; the slot may be reused when the event has happened (None: already)."""
+
+    def synchronize(self) -> None:
+        """Waits for all copies queued so far, also after one of them failed.  Never raises."""
 
     def empty(self, spec: TensorSpec) -> Any:
         """A new array in this place."""

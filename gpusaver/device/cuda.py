@@ -13,20 +13,22 @@ import functools
 import importlib.metadata
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cupy
 import numpy as np
 
-from gpusaver.device.base import Event, Transfer
+from gpusaver.device.base import Event, HostBuffer, Transfer
+from gpusaver.device.cuda_memory import DeviceMemory, PinnedBuffer
 from gpusaver.device.host import copy_elements
-from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
+from gpusaver.errors import FailedPreconditionError
 from gpusaver.tensor import TensorSpec
 
 _log = logging.getLogger("gpusaver")
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+_PAGE = 4096
 
 
 def _installed_wheels() -> list[str]:
@@ -52,17 +54,22 @@ _warn_about_two_wheels()
 
 
 class _Copied:
-    """The event of a copy; keeps alive what the copy reads or writes."""
+    """The event of copies; keeps alive what they read or write.  Never recorded anew while somebody may wait for it."""
 
-    def __init__(self, stream: Any, *alive: Any) -> None:
+    def __init__(self, stream: Any, alive: Sequence[Any]) -> None:
         # The default kind of event spins on a core while waiting.
         self._event = cupy.cuda.Event(block=True, disable_timing=True)
         self._event.record(stream)
+        self._device = cupy.cuda.runtime.getDevice()
         self._alive = alive
 
     def synchronize(self) -> None:
         self._event.synchronize()
         self._alive = ()
+
+    def hold_back(self, stream: Any) -> None:
+        with cupy.cuda.Device(self._device):
+            _cupy_stream(stream).wait_event(self._event)
 
 
 class CudaRuntime:
@@ -89,26 +96,29 @@ class CudaRuntime:
             event.record(self._stream)
             _callers_stream().wait_event(event)
 
-    def snapshot(self, arrays: Sequence[Any], memory: Any | None) -> tuple[list[Any], Any]:
-        starts = np.cumsum([0, *(-(-array.nbytes // 256) * 256 for array in arrays)]).tolist()
+    def snapshot(
+        self, arrays: Sequence[Any], places: Sequence[int], memory: DeviceMemory | None
+    ) -> tuple[list[Any], DeviceMemory]:
+        needed = max((place + array.nbytes for place, array in zip(places, arrays, strict=True)), default=0)
         with cupy.cuda.Device(self._device):
             _callers_stream()
-            if memory is None or memory.nbytes < starts[-1]:
-                try:
-                    memory = cupy.empty(max(starts[-1], 1), np.uint8)
-                except cupy.cuda.memory.OutOfMemoryError as error:
-                    raise ResourceExhaustedError(
-                        f"{self.name}: no room for a copy of the variables ({starts[-1]} bytes): {error}"
-                    ) from error
-            copies = []
-            for array, start in zip(arrays, starts, strict=False):
-                copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+            if memory is None or memory.nbytes < needed:
+                memory = DeviceMemory(needed)
+            copies = [memory.array(p, a.shape, a.dtype) for p, a in zip(places, arrays, strict=True)]
+            for copy, array in zip(copies, arrays, strict=True):
                 _movable(copy)[...] = _movable(array)
-                copies.append(copy)
         return copies, memory
 
     def view(self, array: Any, start: int, nbytes: int) -> memoryview | None:
         return None
+
+    def allocate(self, nbytes: int) -> HostBuffer:
+        with cupy.cuda.Device(self._device):
+            return PinnedBuffer(nbytes)
+
+    def synchronize(self) -> None:
+        with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError), cupy.cuda.Device(self._device):
+            self._stream.synchronize()
 
     def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
         return self._copy(transfers, slot, to_array=False)
@@ -119,18 +129,17 @@ class CudaRuntime:
     def _copy(self, transfers: Sequence[Transfer], slot: memoryview, *, to_array: bool) -> Event:
         base = np.frombuffer(slot, np.uint8).ctypes.data
         kind = _HOST_TO_DEVICE if to_array else _DEVICE_TO_HOST
-        alive: list[Any] = []
+        alive: list[Any] = [slot, transfers]
         with cupy.cuda.Device(self._device), self._stream:
-            for array, start, offset, nbytes in transfers:
+            plain = [t for t in transfers if t.array.flags.c_contiguous]
+            for device, offset, nbytes in _joined(plain, across_gaps=not to_array):
                 host = base + offset
-                alive.append(array)
-                if not array.flags.c_contiguous:
-                    alive.append(self._copy_strided(_movable(array), start, host, nbytes, to_array=to_array))
-                    continue
-                device = array.data.ptr + start
                 target, origin = (device, host) if to_array else (host, device)
                 cupy.cuda.runtime.memcpyAsync(target, origin, nbytes, kind, self._stream.ptr)
-            return _Copied(self._stream, slot, *alive)
+            for array, start, offset, nbytes in transfers if len(plain) < len(transfers) else ():
+                if not array.flags.c_contiguous:
+                    alive.append(self._copy_strided(_movable(array), start, base + offset, nbytes, to_array=to_array))
+            return _Copied(self._stream, alive)
 
     def _copy_strided(self, array: Any, start: int, host: int, nbytes: int, *, to_array: bool) -> Any:
         """Through contiguous memory, which it returns: to be held until the copy has finished."""
@@ -183,6 +192,38 @@ def _movable(array: Any) -> Any:
     """The array as CuPy's kernels can copy it: float8 and its kin, which it only stores, as integers."""
     dtype = array.dtype
     return array.view(np.dtype(f"u{dtype.itemsize}")) if dtype.isbuiltin == 2 else array
+
+
+def _joined(transfers: Sequence[Transfer], *, across_gaps: bool) -> Iterator[tuple[int, int, int]]:
+    """``(device address, slot offset, nbytes)`` of copies that serve all transfers, as few as possible.
+
+    Parts of one allocation that lie at the same distance on both sides go in one; with ``across_gaps`` together with
+    what is between them, if that is less than a page (a snapshot lies in memory as it will in the file).
+    """
+    device = offset = nbytes = 0
+    memory: Any = None
+    for array, start, part_offset, part_nbytes in transfers:
+        address = array.data.ptr + start
+        gap = part_offset - offset - nbytes
+        is_near = gap == 0 or (across_gaps and 0 < gap < _PAGE)
+        if memory is array.data.mem and is_near and address - part_offset == device - offset:
+            nbytes += gap + part_nbytes
+            continue
+        if nbytes:
+            yield device, offset, nbytes
+        device, offset, nbytes, memory = address, part_offset, part_nbytes, array.data.mem
+    if nbytes:
+        yield device, offset, nbytes
+
+
+def _cupy_stream(stream: Any) -> Any:
+    """A CuPy stream for what a caller may name: None (the current one), CuPy's, or any with ``__cuda_stream__``."""
+    if stream is None:
+        return _callers_stream()
+    if isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream):
+        return stream
+    _, handle = stream.__cuda_stream__()
+    return cupy.cuda.ExternalStream(handle)
 
 
 def to_device(value: Any, device: int) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpusaver.device.base import Event, Transfer
+from gpusaver.device.base import Event, HostBuffer, Transfer
 from gpusaver.errors import ResourceExhaustedError
 from gpusaver.tensor import TensorSpec
 
@@ -33,18 +33,20 @@ class HostRuntime:
     def order_caller_after(self) -> None:
         pass
 
-    def snapshot(self, arrays: Sequence[Array], memory: Array | None) -> tuple[list[Array], Array]:
-        starts = np.cumsum([0, *(-(-array.nbytes // 64) * 64 for array in arrays)]).tolist()
-        if memory is None or memory.nbytes < starts[-1]:
+    def snapshot(
+        self, arrays: Sequence[Array], places: Sequence[int], memory: Array | None
+    ) -> tuple[list[Array], Array]:
+        needed = max((place + array.nbytes for place, array in zip(places, arrays, strict=True)), default=0)
+        if memory is None or memory.nbytes < needed:
             available = memory_available()
-            if available is not None and starts[-1] > available:
+            if available is not None and needed > available:
                 raise ResourceExhaustedError(
-                    f"a copy of the variables takes {starts[-1]} bytes; the host has {available} available"
+                    f"a copy of the variables takes {needed} bytes; the host has {available} available"
                 )
-            memory = allocate_pages(starts[-1])
+            memory = allocate_pages(needed)
         copies = []
-        for array, start in zip(arrays, starts, strict=False):
-            copy = memory[start : start + array.nbytes].view(little_endian(array.dtype)).reshape(array.shape)
+        for array, place in zip(arrays, places, strict=True):
+            copy = memory[place : place + array.nbytes].view(little_endian(array.dtype)).reshape(array.shape)
             np.copyto(copy, array)
             copies.append(copy)
         return copies, memory
@@ -87,8 +89,24 @@ class HostRuntime:
                 _copy_strided(array, start, part, to_array=True)
         return None
 
+    def allocate(self, nbytes: int) -> HostBuffer:
+        return _Pages(nbytes)
+
+    def synchronize(self) -> None:
+        pass
+
     def empty(self, spec: TensorSpec) -> Array:
         return np.empty(spec.shape, spec.dtype.numpy_dtype)
+
+
+class _Pages:
+    """See :class:`gpusaver.device.base.HostBuffer`."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.view = allocate_pages(nbytes).data
+
+    def free(self) -> None:
+        self.view = memoryview(b"")
 
 
 def memory_available() -> int | None:

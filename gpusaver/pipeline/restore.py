@@ -79,7 +79,8 @@ def read_entries(
                     event.synchronize()
 
     try:
-        work_off(chunks(*column, CHUNK_NBYTES, max_gap=_MAX_GAP), read, slots, threads)
+        windows = list(chunks(*column, CHUNK_NBYTES, max_gap=_MAX_GAP))
+        work_off(windows, read, slots, min(threads, len(windows)))
         verifier.finish()
     except DataLossError as error:
         raise DataLossError(error.message, modified=verifier.modified if keep else ()) from error

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gpusaver.bundle.crc import crc32c
 from gpusaver.bundle.layout import Chunk, Layout
-from gpusaver.device import Runtime, Transfer
+from gpusaver.device import HOST, Event, Runtime, Transfer
 from gpusaver.pipeline.chunk import CHUNK_NBYTES, IN_PLACE_NBYTES, Checksums, vectored_buffers, zero_gaps
+from gpusaver.pipeline.staging import Filled, Ring, Staging
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import WritableFile
 
@@ -28,34 +30,85 @@ def write_chunks(
     sources: Sequence[Source],
     files: Sequence[WritableFile],
     slots: Slots,
+    ring: Ring | None,
     threads: int,
     *,
+    on_recorded: Callable[[Event], None],
     on_staged: Callable[[], None],
     cancelled: threading.Event,
 ) -> dict[int, int]:
     """Writes every tensor into ``files`` (one a shard) and returns the checksum of each that has bytes.
 
-    ``on_staged`` is called once when no source will be read any more, unless the save fails before.  Returns when all
-    is written, not synced; raises the first error, when all threads have ended.
+    ``on_recorded`` is called for each device with the event that ends its last copy; ``on_staged`` once when no source
+    will be read any more, unless the save fails before.  Returns when all is written, not synced; raises the first
+    error, when all threads have ended and no copy is in flight.
+
+    Requires: a ``ring`` if a source is on a device.
     """
+
+    def runtime_of(chunk: Chunk) -> Runtime:
+        return sources[chunk.pieces[0].tensor].runtime
+
     chunks = list(layout.chunks(CHUNK_NBYTES))
+    on_host = [chunk for chunk in chunks if runtime_of(chunk) is HOST]
+    on_devices = [chunk for chunk in chunks if runtime_of(chunk) is not HOST]
     checksums = Checksums(layout.nbytes.tolist())
-    unread = _Countdown(len(chunks), on_staged)
+    staging = None
+    if on_devices:
+        assert ring is not None
+        staging = Staging(on_devices, runtime_of, lambda chunk: _transfers(chunk, sources), ring)
+    unread = _Countdown(len(on_host) + (staging.copier_count if staging else 0), on_staged)
 
-    def write(chunk: Chunk, slot: LazySlot) -> None:
-        file = files[chunk.shard]
-        runtime = sources[chunk.pieces[0].tensor].runtime
-        views = _views(chunk, sources, runtime) if file.alignment == 1 else None
-        if views is None:
-            buffers = [_stage(chunk, sources, runtime, slot.get(), file.alignment, checksums)]
-            unread.one_less()
-            file.write_at(chunk.offset, buffers)
+    def write(job: Chunk | Filled, slot: LazySlot) -> None:
+        if isinstance(job, Filled):
+            assert staging is not None
+            try:
+                _write_slot(job.chunk, job.slot.view, files[job.chunk.shard], checksums)
+            finally:
+                staging.release(job)
         else:
-            file.write_at(chunk.offset, _stage_small(chunk, sources, views, slot, checksums))
-            unread.one_less()
+            _write_from_host(job, sources, files[job.shard], slot, checksums, unread.one_less)
 
-    work_off(chunks, write, slots, threads, cancelled)
+    if staging is None:
+        work_off(on_host, write, slots, min(threads, len(on_host)), cancelled)
+        return checksums.finished()
+    staging.start(on_recorded, unread.one_less)
+    try:
+        jobs: Iterator[Chunk | Filled] = itertools.chain(staging.filled(), on_host)
+        work_off(jobs, write, slots, min(threads, len(chunks)), cancelled, on_error=staging.stop)
+    finally:
+        staging.stop()
+        staging.join()
     return checksums.finished()
+
+
+def _write_slot(chunk: Chunk, slot: memoryview, file: WritableFile, checksums: Checksums) -> None:
+    """Writes a staged chunk, padded to the file's alignment."""
+    padded = -(-chunk.nbytes // file.alignment) * file.alignment
+    zero_gaps(chunk, slot, padded)
+    for piece in chunk.pieces:
+        checksums.add(piece, crc32c(slot[piece.offset : piece.offset + piece.nbytes]))
+    file.write_at(chunk.offset, [slot[:padded]])
+
+
+def _write_from_host(
+    chunk: Chunk,
+    sources: Sequence[Source],
+    file: WritableFile,
+    slot: LazySlot,
+    checksums: Checksums,
+    on_read: Callable[[], None],
+) -> None:
+    """Writes from the arrays themselves where the file takes that, else through the worker's slot."""
+    views = _views(chunk, sources) if file.alignment == 1 else None
+    if views is None:
+        staged = slot.get()
+        HOST.to_slot(_transfers(chunk, sources), staged)
+        on_read()
+        _write_slot(chunk, staged, file, checksums)
+    else:
+        file.write_at(chunk.offset, _stage_small(chunk, sources, views, slot, checksums))
+        on_read()
 
 
 class _Countdown:
@@ -78,25 +131,11 @@ def _transfers(chunk: Chunk, sources: Sequence[Source]) -> list[Transfer]:
     return [Transfer(sources[tensor].array, start, offset, nbytes) for tensor, start, offset, nbytes in chunk.pieces]
 
 
-def _stage(
-    chunk: Chunk, sources: Sequence[Source], runtime: Runtime, slot: memoryview, alignment: int, checksums: Checksums
-) -> memoryview:
-    """The whole chunk in the slot, padded to the file's alignment."""
-    padded = -(-chunk.nbytes // alignment) * alignment
-    event = runtime.to_slot(_transfers(chunk, sources), slot)
-    zero_gaps(chunk, slot, padded)
-    if event is not None:
-        event.synchronize()
-    for piece in chunk.pieces:
-        checksums.add(piece, crc32c(slot[piece.offset : piece.offset + piece.nbytes]))
-    return slot[:padded]
-
-
-def _views(chunk: Chunk, sources: Sequence[Source], runtime: Runtime) -> list[memoryview | None] | None:
+def _views(chunk: Chunk, sources: Sequence[Source]) -> list[memoryview | None] | None:
     """The bytes of each piece in its array, None for those that must be copied; None if the host reaches none."""
     views: list[memoryview | None] = []
     for tensor, start, _, nbytes in chunk.pieces:
-        views.append(runtime.view(sources[tensor].array, start, nbytes))
+        views.append(HOST.view(sources[tensor].array, start, nbytes))
     return views if any(view is not None for view in views) else None
 
 
@@ -116,10 +155,7 @@ def _stage_small(
             place[:] = view
             views[number] = None
         else:
-            source = sources[piece.tensor]
-            transfer = Transfer(source.array, piece.start, piece.offset, piece.nbytes)
-            event = source.runtime.to_slot([transfer], staged)
-            if event is not None:
-                event.synchronize()
+            transfer = Transfer(sources[piece.tensor].array, piece.start, piece.offset, piece.nbytes)
+            HOST.to_slot([transfer], staged)
         checksums.add(piece, crc32c(place))
     return vectored_buffers(chunk, views, staged, _ZEROS)
