@@ -206,7 +206,7 @@ def test_arrays_may_change_as_soon_as_their_snapshot_is_taken(sim, which):
         held = None
         for round_ in (1, 2):  # the second one reuses the memory
             arrays = [sim.cupy.full(10, round_, np.int64), sim.cupy.full((3, 4), round_, np.int16).T]
-            copies, again = runtime.snapshot(arrays, held)
+            copies, again = runtime.snapshot(arrays, [0, 256], held)
             for array in arrays:
                 array.fill(99)
             del arrays, array
@@ -214,7 +214,7 @@ def test_arrays_may_change_as_soon_as_their_snapshot_is_taken(sim, which):
             runtime.order_after_caller(copies)
             finish(runtime.to_slot([Transfer(copies[0], 0, 0, 80), Transfer(copies[1], 0, 80, 24)], memory))
             assert bytes(memory[:104]) == np.full(10, round_, np.int64).tobytes() + np.full(12, round_, "i2").tobytes()
-            assert held is None or held.data.ptr == again.data.ptr
+            assert held is None or held.pointer == again.pointer
             held = again
 
 
@@ -273,7 +273,7 @@ def test_a_capture_is_refused_and_not_disturbed(sim, tmp_path):
         for call in (
             lambda: runtime.order_after_caller([array]),
             runtime.order_caller_after,
-            lambda: runtime.snapshot([array], None),
+            lambda: runtime.snapshot([array], [0], None),
             lambda: saver.save(tmp_path / "model"),
             lambda: saver.save_async(tmp_path / "model"),
             lambda: saver.restore(prefix),
@@ -290,7 +290,7 @@ def test_a_capture_is_refused_and_not_disturbed(sim, tmp_path):
 def test_no_room_for_a_snapshot(sim):
     runtime, array = runtime_of(), sim.cupy.full(40 * 1024, 1, np.uint8)
     with pytest.raises(ResourceExhaustedError, match="cuda:0: no room for a copy of the variables"):
-        runtime.snapshot([array], None)
+        runtime.snapshot([array], [0], None)
     assert array.get().tolist() == [1] * 40 * 1024
 
 

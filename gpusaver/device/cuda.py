@@ -22,7 +22,7 @@ import numpy as np
 from gpusaver.device.base import Event, HostBuffer, Transfer
 from gpusaver.device.cuda_memory import DeviceMemory, PinnedBuffer
 from gpusaver.device.host import copy_elements
-from gpusaver.errors import FailedPreconditionError
+from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
 from gpusaver.tensor import TensorSpec
 
 _log = logging.getLogger("gpusaver")
@@ -103,7 +103,12 @@ class CudaRuntime:
         with cupy.cuda.Device(self._device):
             _callers_stream()
             if memory is None or memory.nbytes < needed:
-                memory = DeviceMemory(needed)
+                try:
+                    memory = DeviceMemory(needed)
+                except ResourceExhaustedError as error:
+                    raise ResourceExhaustedError(
+                        f"{self.name}: no room for a copy of the variables: {error}"
+                    ) from error
             copies = [memory.array(p, a.shape, a.dtype) for p, a in zip(places, arrays, strict=True)]
             for copy, array in zip(copies, arrays, strict=True):
                 _movable(copy)[...] = _movable(array)

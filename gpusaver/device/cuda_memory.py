@@ -37,6 +37,8 @@ class PinnedBuffer:
             cupy.cuda.runtime.hostRegister(self._address, nbytes, _PORTABLE)
         except cupy.cuda.runtime.CUDARuntimeError as error:
             self._address = None
+            if error.status != _OUT_OF_MEMORY:
+                raise
             raise ResourceExhaustedError(f"cannot pin {nbytes} bytes of host memory for copies: {error}") from error
 
     def free(self) -> None:
