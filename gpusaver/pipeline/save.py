@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from gpusaver.bundle.crc import crc32c
 from gpusaver.bundle.layout import Chunk, Layout
 from gpusaver.device import Runtime, Transfer
-from gpusaver.pipeline.chunk import CHUNK_NBYTES, IN_PLACE_NBYTES, Checksums, vectored_buffers, zero_gaps
+from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers, zero_gaps
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import WritableFile
 
@@ -51,7 +51,7 @@ def write_chunks(
             unread.one_less()
             file.write_at(chunk.offset, buffers)
         else:
-            file.write_at(chunk.offset, _stage_small(chunk, sources, views, slot, checksums))
+            file.write_at(chunk.offset, _stage_rest(chunk, sources, views, slot, checksums))
             unread.one_less()
 
     work_off(chunks, write, slots, threads, cancelled)
@@ -100,26 +100,19 @@ def _views(chunk: Chunk, sources: Sequence[Source], runtime: Runtime) -> list[me
     return views if any(view is not None for view in views) else None
 
 
-def _stage_small(
+def _stage_rest(
     chunk: Chunk, sources: Sequence[Source], views: list[memoryview | None], slot: LazySlot, checksums: Checksums
 ) -> list[memoryview]:
-    """Buffers for a vectored write: large pieces from their arrays, the others copied into the slot."""
+    """Buffers for a vectored write: pieces from their arrays, where they have no view copied into the slot."""
     staged: memoryview | None = None
-    for number, piece in enumerate(chunk.pieces):
-        view = views[number]
-        if view is not None and piece.nbytes >= IN_PLACE_NBYTES:
-            checksums.add(piece, crc32c(view))
-            continue
-        staged = staged if staged is not None else slot.get()
-        place = staged[piece.offset : piece.offset + piece.nbytes]
-        if view is not None:
-            place[:] = view
-            views[number] = None
-        else:
+    for piece, view in zip(chunk.pieces, views, strict=True):
+        if view is None:
+            staged = staged if staged is not None else slot.get()
             source = sources[piece.tensor]
             transfer = Transfer(source.array, piece.start, piece.offset, piece.nbytes)
             event = source.runtime.to_slot([transfer], staged)
             if event is not None:
                 event.synchronize()
-        checksums.add(piece, crc32c(place))
+            view = staged[piece.offset : piece.offset + piece.nbytes]
+        checksums.add(piece, crc32c(view))
     return vectored_buffers(chunk, views, staged, _ZEROS)
