@@ -144,6 +144,7 @@ check: $(READY)  ## lint, format, types, layers, generated messages, documentati
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(PY) proto/generate.py --check
+	$(PY) tools/check_kernels.py
 	@$(MAKE) docs
 
 test-gpu: require-gpu $(READY)   ## the tests on an NVIDIA GPU

@@ -152,6 +152,7 @@ class PendingSave:
     def mark_captured(self) -> None:
         if not self._captured.is_set():
             self._captured_at = time.perf_counter()
+            self._recorded.set()  # also of devices that have nothing but empty arrays
             self._captured.set()
 
     def begin_commit(self) -> None:

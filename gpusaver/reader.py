@@ -13,13 +13,13 @@ from gpusaver.bundle.coding import printable
 from gpusaver.bundle.filenames import index_path, split_data_path
 from gpusaver.bundle.index import BundleIndex, Entry
 from gpusaver.bundle.object_graph import OBJECT_GRAPH_KEY, readable_names, variable_name
-from gpusaver.bundle.slices import slice_key
 from gpusaver.bundle.v1 import V1Bundle
 from gpusaver.checkpoint_state import PathLike, latest_checkpoint, v1_files
 from gpusaver.device import HOST, Runtime
 from gpusaver.errors import InvalidArgumentError, NotFoundError
 from gpusaver.pipeline.assemble import Assembly, Target, allocate, cut, upload
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
+from gpusaver.pipeline.restore import Read
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage, read_bytes
 from gpusaver.storage.local import LocalStorage
@@ -90,7 +90,7 @@ class CheckpointReader:
             if spec.dtype is DataType.string:
                 read.strings(found, functools.partial(_deliver_strings, values, name, spec))
             else:
-                read.check_length(found)
+                read.check(found)
                 target = allocate(name, spec, runtime)
                 read.tensor(found, target)
                 is_scalar = runtime is HOST and not spec.shape
@@ -135,6 +135,19 @@ class CheckpointReader:
             return None
         return Located(name, _key(other), entry.spec, entry)
 
+    def expect_lookups(self, count: int) -> None:
+        """So many tensors will be looked for: the index may be decoded as a whole, which is cheaper."""
+        if self._index is not None:
+            self._index.expect_lookups(count)
+
+    def plain_entry(self, name: str) -> Entry | None:
+        """The entry of a tensor that is stored under this very name, whole and as it lies in memory; else None."""
+        if self._index is None or self._index.big_endian:
+            return None
+        key = _key(name)
+        entry = self._index.get(key) if key and key[0] else None
+        return None if entry is None or entry.slices else entry
+
     def same_bytes(self, first: Located, second: Located) -> bool:
         """Whether two tensors are known to hold equal bytes; of whole V2 tensors their checksums tell."""
         if self._v1 is not None:
@@ -176,8 +189,8 @@ class TensorRead:
     """Some tensors of one checkpoint, of either format, read together.  Made for one use by one thread."""
 
     def __init__(self, reader: CheckpointReader) -> None:
-        self._reader = reader
         self._v1 = reader._v1
+        self._v1_arrays: dict[bytes, Any] = {}
         self._after: list[Callable[[], object]] = []
         self._assembly = None
         if reader._index is not None:
@@ -188,27 +201,35 @@ class TensorRead:
         if self._assembly is not None and found.entry is not None:
             self._assembly.add_tensor(found.key, found.entry, target, wanted)
             return
-        assert self._v1 is not None
-        values = self._v1.get_array(found.key)
+        values = self._v1_array(found.key)
         part = values if wanted is None else cut(values, wanted.index(values.shape))
         self._after.append(lambda: upload(target, part))
+
+    def plain(self, name: str, entry: Entry, array: Any) -> None:
+        """The same for ``entry``, of :meth:`CheckpointReader.plain_entry`, into a NumPy array of the user."""
+        assert self._assembly is not None
+        self._assembly.add_read(Read(entry, HOST, array, name, True))
 
     def strings(self, found: Located, deliver: Callable[[list[bytes]], None]) -> None:
         """``deliver`` gets the elements of a string tensor when everything is read and verified."""
         if self._assembly is not None and found.entry is not None:
             self._assembly.add_strings(found.name, found.entry, deliver)
             return
-        assert self._v1 is not None
-        items = list(self._v1.get_array(found.key).reshape(-1))
+        items = list(self._v1_array(found.key).reshape(-1))
         self._after.append(lambda: deliver(items))
 
-    def check_length(self, found: Located) -> None:
-        """Before memory is allocated: OutOfRangeError if the data file is too short for the tensor."""
-        index = self._reader._index
-        if self._assembly is None or found.entry is None or index is None:
-            return
-        parts = [index.get(slice_key(found.key, part)) for part in found.entry.slices]
-        self._assembly.check_lengths([(found.name, part) for part in (found.entry, *parts) if part is not None])
+    def check(self, found: Located) -> None:
+        """Before memory is allocated for the tensor: raises if it is not stored, or its data file is too short."""
+        if self._assembly is not None and found.entry is not None:
+            self._assembly.check(found.name, found.key, found.entry)
+        else:
+            self._v1_array(found.key)
+
+    def _v1_array(self, key: bytes) -> Any:
+        assert self._v1 is not None
+        if key not in self._v1_arrays:
+            self._v1_arrays[key] = self._v1.get_array(key)
+        return self._v1_arrays[key]
 
     def after(self, call: Callable[[], object]) -> None:
         """``call()`` runs when everything is read and verified."""
@@ -249,7 +270,7 @@ def _not_a_prefix(path: str, storage: Storage) -> NotFoundError | InvalidArgumen
     prefix = found[0] if found is not None else path.removesuffix(".index").removesuffix(".meta")
     if prefix != path and storage.exists(index_path(prefix)):
         return InvalidArgumentError(f"{path} is one file of a checkpoint; pass its prefix, {prefix}")
-    if storage.is_directory(path):
+    if path and storage.is_directory(path):
         latest = latest_checkpoint(path, storage=storage)
         advice = f"its latest checkpoint is {latest}" if latest else "no checkpoint state file was found in it"
         return InvalidArgumentError(f"{path} is a directory, not a checkpoint; {advice} (see latest_checkpoint)")

@@ -350,7 +350,8 @@ class Saver:
                 if commit is not None:
                     commit.abort()
                 if not (pending.is_awaited or isinstance(error, CancelledError)):
-                    _log.error("the save of %s in the background failed: %s", pending.prefix, error)
+                    # Its text: a handler that keeps the record must not keep, by the traceback, the arrays.
+                    _log.error("the save of %s in the background failed: %s", pending.prefix, str(error))
             finally:
                 pending.fail(error)
             return

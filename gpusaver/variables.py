@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -107,10 +108,17 @@ class PartitionedVariable:
     """
 
     def __init__(
-        self, full_shape: Sequence[int], slice: TensorSlice | Sequence[slice], array: Any, name: str | None = None
+        self,
+        full_shape: Sequence[int],
+        slice: TensorSlice | Sequence[slice] | slice,
+        array: Any,
+        name: str | None = None,
     ) -> None:
         self.full_shape = tuple(int(size) for size in full_shape)
-        self.slice = slice if isinstance(slice, TensorSlice) else TensorSlice.from_slices(slice, self.full_shape)
+        if not isinstance(slice, TensorSlice):
+            slices = slice if isinstance(slice, Sequence) else (slice,)  # np.s_[0:4] is no sequence
+            slice = TensorSlice.from_slices(slices, self.full_shape)
+        self.slice = slice
         self.name = None if name is None else _checked_name(name)
         self.value = array
         spec = admit(array, name or "PartitionedVariable").spec
@@ -240,6 +248,9 @@ class Leaf(NamedTuple):
             self.holder[self.key] = value
 
 
+_NAME = operator.attrgetter("name")
+
+
 def flatten(var_list: Any) -> list[Leaf]:
     """The leaves of a var_list, sorted by name (the slices of one tensor in the order given).
 
@@ -254,7 +265,10 @@ def flatten(var_list: Any) -> list[Leaf]:
         raise TypeError(
             f"Variables to save should be passed in a dict or a list, found {type(var_list).__name__}: {var_list!r:.80}"
         )
-    leaves.sort(key=_by_name)
+    if all(map(str.isascii, map(_NAME, leaves))):  # then text sorts as its bytes do
+        leaves.sort(key=_NAME)
+    else:
+        leaves.sort(key=_by_name)
     for first, second in itertools.pairwise(leaves):
         if first.name == second.name:
             _check_same_name(first, second)

@@ -12,6 +12,7 @@ All functions are pure and may be called from any thread; :func:`crc32c` release
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, overload
 
 import fastcrc
@@ -23,9 +24,9 @@ _POLYNOMIAL = 0x82F63B78  # reflected: bit 31 is the coefficient of x^0
 _ONE = 1 << 31
 
 
-def crc32c(buffer: Any, value: int = 0) -> int:
-    """The CRC-32C of any C-contiguous buffer, not copied; ``value`` is the checksum of the bytes before it."""
-    return fastcrc.crc32.iscsi(buffer, value)
+#: ``crc32c(buffer, value=0)``: the CRC-32C of any C-contiguous buffer, not copied; ``value`` is the checksum of the
+#: bytes before it.
+crc32c: Callable[..., int] = fastcrc.crc32.iscsi
 
 
 @overload
@@ -43,8 +44,19 @@ def mask(crc: Any) -> Any:
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-def unmask(masked: int) -> int:
+@overload
+def unmask(masked: int) -> int: ...
+
+
+@overload
+def unmask(masked: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]: ...
+
+
+def unmask(masked: Any) -> Any:
     """The inverse of :func:`mask`."""
+    if isinstance(masked, np.ndarray):
+        rotated = masked - np.uint32(_MASK_DELTA)
+        return (rotated >> np.uint32(17)) | (rotated << np.uint32(15))
     rotated = (masked - _MASK_DELTA) & 0xFFFFFFFF
     return ((rotated >> 17) | (rotated << 15)) & 0xFFFFFFFF
 

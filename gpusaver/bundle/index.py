@@ -19,7 +19,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from gpusaver.bundle.coding import printable
-from gpusaver.bundle.entry import Entry, decode_entry, encode_entry
+from gpusaver.bundle.entry import Entry, decode_entries, decode_entry, encode_entry
 from gpusaver.bundle.slices import slice_key
 from gpusaver.bundle.table_reader import Table
 from gpusaver.bundle.table_writer import TRAILER_NBYTES, TableWriter, block_trailer
@@ -30,6 +30,10 @@ from gpusaver.protos import tensor_bundle_pb2
 __all__ = ["BundleIndex", "Entry", "IndexTemplate", "encode_index"]
 
 _HEADER_KEY = b""
+
+#: Decoding an entry among all costs a quarter of looking it up alone; an entry takes 40 bytes or so.
+_MIN_BULK_LOOKUPS = 64
+_BULK_ENTRY_NBYTES = 160
 
 
 class BundleIndex:
@@ -43,6 +47,7 @@ class BundleIndex:
         self.name = name
         self._table = Table(data, name)
         self._slice_keys: set[bytes] | None = None
+        self._entries: dict[bytes, Entry] | None = None
         value = self._table.get(_HEADER_KEY)
         if value is None:
             raise DataLossError(f"{name}: a table, but not the index of a checkpoint: it has no header")
@@ -66,8 +71,20 @@ class BundleIndex:
 
     def get(self, key: bytes) -> Entry | None:
         """The entry under a tensor name or a slice key, or None."""
+        if self._entries is not None:
+            return self._entries.get(key)
         value = self._table.get(key) if key != _HEADER_KEY else None
         return None if value is None else self._decode(key, value)
+
+    def expect_lookups(self, count: int) -> None:
+        """Decodes all entries at once if that is cheaper than ``count`` lookups, one by one."""
+        if self._entries is None and count > _MIN_BULK_LOOKUPS and count * _BULK_ENTRY_NBYTES > self._table.nbytes:
+            items = [item for item in self._table.items() if item[0] != _HEADER_KEY]
+            try:
+                entries = decode_entries([value for _, value in items], self.num_shards)
+            except (DataLossError, UnimplementedError):
+                return  # what is wrong is said when the entry is asked for
+            self._entries = dict(zip([key for key, _ in items], entries, strict=True))
 
     def items(self) -> Iterator[tuple[bytes, Entry]]:
         """All entries as stored, slice keys included, in key order."""

@@ -131,6 +131,8 @@ def chunks(
     A new run of windows starts where the shard or the owner changes, where the next range is more than ``max_gap``
     bytes away (not worth reading through), and where it overlaps the one before.  Windows of a run follow each other
     without a gap, all but the last a multiple of PAGE long if ``chunk_nbytes`` is.
+
+    Requires: ``max_gap`` is less than ``chunk_nbytes``; a window could hold nothing else.
     """
     order = np.lexsort((nbytes, offset, owner, shard))
     order = order[nbytes[order] > 0]

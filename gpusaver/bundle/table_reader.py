@@ -46,6 +46,11 @@ class Table:
         self._read_index_block(*index)
 
     @property
+    def nbytes(self) -> int:
+        """The size of the file."""
+        return len(self._data)
+
+    @property
     def block_count(self) -> int:
         return len(self._handles)
 

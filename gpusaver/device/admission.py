@@ -87,7 +87,8 @@ def _from_numpy(array: np.ndarray[Any, Any], name: str, dtype: DataType | None) 
 
 
 @functools.lru_cache(maxsize=256)
-def _known_dtype(dtype: np.dtype[Any]) -> DataType | None:
+def known_dtype(dtype: np.dtype[Any]) -> DataType | None:
+    """The type of an array with this dtype, or None if there is none."""
     try:
         return DataType.from_numpy(dtype)
     except TypeError:
@@ -95,7 +96,7 @@ def _known_dtype(dtype: np.dtype[Any]) -> DataType | None:
 
 
 def _dtype_of(dtype: np.dtype[Any], name: str) -> DataType:
-    found = _known_dtype(dtype)
+    found = known_dtype(dtype)
     if found is None:
         raise TypeError(f"{name}: an array of dtype {dtype} cannot be stored in a checkpoint")
     return found
@@ -118,7 +119,7 @@ def _from_scalar(value: Any, name: str, dtype: DataType | None) -> Admitted:
         return Admitted(HOST, None, TensorSpec(DataType.string, ()), [item], rebuild_text)
     if isinstance(value, np.generic):
         array = np.asarray(value)
-        if array.dtype.kind in "OMmV" and _known_dtype(array.dtype) is None:
+        if array.dtype.kind in "OMmV" and known_dtype(array.dtype) is None:
             raise TypeError(f"{name}: a scalar of dtype {array.dtype} cannot be stored in a checkpoint")
         found = dtype or _dtype_of(array.dtype, name)
         return Admitted(HOST, array, TensorSpec(found, ()), None, lambda restored: restored[()])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import itertools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,6 @@ import cupy
 import numpy as np
 
 from gpusaver.device.base import Event, HostBuffer, Transfer
-from gpusaver.device.cuda_kernels import Kernels, load
 from gpusaver.device.cuda_memory import DeviceMemory, PinnedBuffer
 from gpusaver.device.host import copy_elements
 from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
@@ -31,9 +29,6 @@ _log = logging.getLogger("gpusaver")
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 _PAGE = 4096
-#: A chunk of more pieces than this is gathered into one copy first: each copy costs some microseconds of its own.
-_MAX_DIRECT_COPIES = 4
-_BLOCK_NBYTES = 8 * 1024 * 1024
 
 
 def _installed_wheels() -> list[str]:
@@ -87,13 +82,7 @@ class CudaRuntime:
         self._device = device
         with cupy.cuda.Device(device):
             self._stream = cupy.cuda.Stream(non_blocking=True)
-        #: Queueing what belongs together: through the block, and what reads, changes and writes back an element.
-        self._queueing = threading.Lock()
-        self._block: DeviceMemory | None = None
-        self._kernels: Kernels | None = None
-        self._kernels_loaded = False
-        #: What a snapshot still reads; the first copy from it comes later in the copy stream, and takes these over.
-        self._keep: list[Any] = []
+        self._strided_lock = threading.Lock()
 
     def order_after_caller(self, arrays: Sequence[Any]) -> None:
         with cupy.cuda.Device(self._device):
@@ -121,14 +110,8 @@ class CudaRuntime:
                         f"{self.name}: no room for a copy of the variables: {error}"
                     ) from error
             copies = [memory.array(p, a.shape, a.dtype) for p, a in zip(places, arrays, strict=True)]
-            kernels = self.kernels()
-            if kernels is None:
-                for copy, array in zip(copies, arrays, strict=True):
-                    _movable(copy)[...] = _movable(array)
-            else:
-                whole = [Transfer(a, 0, p, a.nbytes) for p, a in zip(places, arrays, strict=True)]
-                kernels.gather(whole, memory.pointer, cupy.cuda.get_current_stream(), self._keep)
-            self._keep += arrays
+            for copy, array in zip(copies, arrays, strict=True):
+                _movable(copy)[...] = _movable(array)
         return copies, memory
 
     def view(self, array: Any, start: int, nbytes: int) -> memoryview | None:
@@ -141,91 +124,42 @@ class CudaRuntime:
     def synchronize(self) -> None:
         with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError), cupy.cuda.Device(self._device):
             self._stream.synchronize()
-        self._keep.clear()
-
-    def kernels(self) -> Kernels | None:
-        """The compiled kernels, or None where CuPy cannot compile (then said once)."""
-        if not self._kernels_loaded:
-            with cupy.cuda.Device(self._device):
-                self._kernels, reason = load(self._device)
-            self._kernels_loaded = True
-            if reason:
-                _log.warning("%s: arrays are copied one by one, which is slow for many small ones", reason)
-        return self._kernels
 
     def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
-        base = np.frombuffer(slot, np.uint8).ctypes.data
-        with self._queueing, cupy.cuda.Device(self._device), self._stream:
-            keep, self._keep = self._keep, []
-            alive: list[Any] = [slot, transfers, *keep]
-            copies = _direct_copies(transfers, across_gaps=True)
-            kernels = self.kernels() if copies is None else None
-            if copies is not None:
-                for device, offset, nbytes in copies:
-                    self._memcpy(base + offset, device, nbytes, _DEVICE_TO_HOST)
-            elif kernels is not None:
-                block, begin, nbytes = self._block_for(transfers)
-                kernels.gather(transfers, block.pointer, self._stream, alive)
-                self._memcpy(base + begin, block.pointer + begin, nbytes, _DEVICE_TO_HOST)
-            else:
-                for transfer in transfers:
-                    alive.append(self._copy_one(transfer, base, to_array=False))
-            return _Copied(self._stream, alive)
+        return self._copy(transfers, slot, to_array=False)
 
     def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+        return self._copy(transfers, slot, to_array=True)
+
+    def _copy(self, transfers: Sequence[Transfer], slot: memoryview, *, to_array: bool) -> Event:
         base = np.frombuffer(slot, np.uint8).ctypes.data
-        with self._queueing, cupy.cuda.Device(self._device), self._stream:
-            alive: list[Any] = [slot, transfers]
-            copies = _direct_copies(transfers, across_gaps=False)
-            kernels = self.kernels() if copies is None else None
-            if copies is not None:
-                for device, offset, nbytes in copies:
-                    self._memcpy(device, base + offset, nbytes, _HOST_TO_DEVICE)
-            elif kernels is not None:
-                block, begin, nbytes = self._block_for(transfers)
-                self._memcpy(block.pointer + begin, base + begin, nbytes, _HOST_TO_DEVICE)
-                kernels.scatter(transfers, block.pointer, self._stream, alive)
-            else:
-                for transfer in transfers:
-                    alive.append(self._copy_one(transfer, base, to_array=True))
+        kind = _HOST_TO_DEVICE if to_array else _DEVICE_TO_HOST
+        alive: list[Any] = [slot, transfers]
+        with cupy.cuda.Device(self._device), self._stream:
+            plain = [t for t in transfers if t.array.flags.c_contiguous]
+            for device, offset, nbytes in _joined(plain, across_gaps=not to_array):
+                host = base + offset
+                target, origin = (device, host) if to_array else (host, device)
+                cupy.cuda.runtime.memcpyAsync(target, origin, nbytes, kind, self._stream.ptr)
+            for array, start, offset, nbytes in transfers if len(plain) < len(transfers) else ():
+                if not array.flags.c_contiguous:
+                    alive.append(self._copy_strided(_movable(array), start, base + offset, nbytes, to_array=to_array))
             return _Copied(self._stream, alive)
 
-    def _memcpy(self, target: int, origin: int, nbytes: int, kind: int) -> None:
-        cupy.cuda.runtime.memcpyAsync(target, origin, nbytes, kind, self._stream.ptr)
-
-    def _block_for(self, transfers: Sequence[Transfer]) -> tuple[DeviceMemory, int, int]:
-        """Device memory for one chunk, and the stretch of it that the transfers cover.
-
-        One is enough: all that uses it is queued in one stream.
-        """
-        begin = min(transfer.offset for transfer in transfers)
-        end = max(transfer.offset + transfer.nbytes for transfer in transfers)
-        if self._block is None or self._block.nbytes < end:
-            self.synchronize()  # the old one may be in use
-            self._block = DeviceMemory(max(end, _BLOCK_NBYTES))
-        return self._block, begin, end - begin
-
-    def _copy_one(self, transfer: Transfer, base: int, *, to_array: bool) -> Any:
-        """Without kernels; returns the contiguous memory in between, to be held until the copy has finished."""
-        array, start, offset, nbytes = transfer
-        host = base + offset
-        if array.flags.c_contiguous:
-            device = array.data.ptr + start
-            if to_array:
-                self._memcpy(device, host, nbytes, _HOST_TO_DEVICE)
-            else:
-                self._memcpy(host, device, nbytes, _DEVICE_TO_HOST)
-            return array
-        array = _movable(array)
+    def _copy_strided(self, array: Any, start: int, host: int, nbytes: int, *, to_array: bool) -> Any:
+        """Through contiguous memory, which it returns: to be held until the copy has finished."""
         first, last = start // array.itemsize, -(-(start + nbytes) // array.itemsize)
         part = cupy.empty(last - first, array.dtype)
         device = part.data.ptr + start - first * array.itemsize
-        copy_elements(array, first, last, part, to_array=False)
-        if to_array:  # elements that the chunk's border cuts keep their other bytes
-            self._memcpy(device, host, nbytes, _HOST_TO_DEVICE)
+        if not to_array:
+            copy_elements(array, first, last, part, to_array=False)
+            cupy.cuda.runtime.memcpyAsync(host, device, nbytes, _DEVICE_TO_HOST, self._stream.ptr)
+            return part
+        # Two chunks may share an element: reading it, changing bytes of it and writing it back must stay together.
+        with self._strided_lock:
+            copy_elements(array, first, last, part, to_array=False)
+            cupy.cuda.runtime.memcpyAsync(device, host, nbytes, _HOST_TO_DEVICE, self._stream.ptr)
             copy_elements(array, first, last, part, to_array=True)
-        else:
-            self._memcpy(host, device, nbytes, _DEVICE_TO_HOST)
         return part
 
     def empty(self, spec: TensorSpec) -> Any:
@@ -285,14 +219,6 @@ def _joined(transfers: Sequence[Transfer], *, across_gaps: bool) -> Iterator[tup
         device, offset, nbytes, memory = address, part_offset, part_nbytes, array.data.mem
     if nbytes:
         yield device, offset, nbytes
-
-
-def _direct_copies(transfers: Sequence[Transfer], *, across_gaps: bool) -> list[tuple[int, int, int]] | None:
-    """The copies that serve all transfers, if they are few; None if a kernel serves better."""
-    if not all(transfer.array.flags.c_contiguous for transfer in transfers):
-        return None
-    copies = list(itertools.islice(_joined(transfers, across_gaps=across_gaps), _MAX_DIRECT_COPIES + 1))
-    return copies if len(copies) <= _MAX_DIRECT_COPIES else None
 
 
 def _cupy_stream(stream: Any) -> Any:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from gpusaver.device.base import Transfer
 from gpusaver.device.launch_plan import (
+    COMPILE_OPTIONS,
     MAX_DIMS,
     TILE_UNITS,
     WARPS_PER_BLOCK,
@@ -35,13 +36,12 @@ from gpusaver.device.launch_plan import (
     plan_strided,
 )
 
-#: For NVRTC; CuPy adds the architecture.
-OPTIONS = ("-std=c++17",)
 _THREADS = 256
 _SOURCES = {"copy.cu": ("gather", "scatter", "gather_strided", "scatter_strided"), "crc32c.cu": ("crc32c",)}
 #: Blocks of the checksum kernel that a multiprocessor runs at once (48 registers a thread, 33 KiB of shared memory).
 _CRC_BLOCKS_PER_MULTIPROCESSOR = 5
-_MIN_BUFFER_NBYTES = 64 * 1024
+#: Room for the tables of 10,000 pieces; as many buffers as launches are usually queued at once.
+_BUFFER_NBYTES, _BUFFERS = 256 * 1024, 2
 _MULTIPROCESSOR_COUNT = 16  # cudaDevAttrMultiProcessorCount
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 
@@ -80,15 +80,18 @@ class Kernels:
     """
 
     def __init__(self, device: int) -> None:
-        """Compiles; raises whatever CuPy raises if it cannot.  CuPy remembers the result on disk."""
+        """Compiles, and allocates what most launches need, so that they do not wait.
+
+        CuPy remembers on disk what it compiled.  Raises whatever CuPy raises if it cannot compile.
+        """
         self._device = device
-        self._free: deque[_Buffer] = deque()
         self._functions: dict[str, Any] = {}
         with cupy.cuda.Device(device):
+            self._free = deque(_Buffer(_BUFFER_NBYTES) for _ in range(_BUFFERS))
             self._multiprocessors: int = cupy.cuda.runtime.deviceGetAttribute(_MULTIPROCESSOR_COUNT, device)
             folder = importlib.resources.files("gpusaver.device").joinpath("kernels")
             for file, names in _SOURCES.items():
-                module = cupy.RawModule(code=folder.joinpath(file).read_text("utf-8"), options=OPTIONS)
+                module = cupy.RawModule(code=folder.joinpath(file).read_text("utf-8"), options=COMPILE_OPTIONS)
                 module.compile()
                 self._functions |= {name: module.get_function(name) for name in names}
 
@@ -138,21 +141,28 @@ class Kernels:
                 )
         return checksums
 
+    def trim(self) -> None:
+        """Frees the buffers that no launch uses; later launches make them anew."""
+        self._free.clear()
+
     def _copy(self, name: str, transfers: Sequence[Transfer], image: int, stream: Any, keep: list[Any]) -> None:
-        pieces = []
         keep += [transfer.array for transfer in transfers]
+        pointers, offsets, sizes = [], [], []
         with cupy.cuda.Device(self._device), stream:
             for array, start, offset, nbytes in transfers:
                 if not nbytes:
                     continue
                 if array.flags.c_contiguous:
-                    pieces.append((array.data.ptr + start, offset, nbytes))
+                    pointers.append(array.data.ptr + start)
+                    offsets.append(offset)
+                    sizes.append(nbytes)
                 else:
                     self._copy_strided(f"{name}_strided", array, start, nbytes, image + offset)
-            if not pieces:
+            if not pointers:
                 return
-            arrays, offsets, sizes = column(pieces).T
-            tiles = cut_tiles(arrays, offsets, sizes, arrays if name == "scatter" else image + offsets)
+            addresses, places = column(pointers), column(offsets)
+            targets = addresses if name == "scatter" else image + places
+            tiles = cut_tiles(addresses, places, column(sizes), targets)
             loan = self._upload([tiles], stream, keep)
             arguments = (np.uint64(loan.buffer.device.ptr), np.uint64(image))
             self._functions[name]((len(tiles),), (_THREADS,), arguments)
@@ -197,7 +207,7 @@ class Kernels:
             if buffer.nbytes >= nbytes:
                 return buffer
             self._free.append(buffer)
-        return _Buffer(max(_MIN_BUFFER_NBYTES, 1 << (nbytes - 1).bit_length()))
+        return _Buffer(max(_BUFFER_NBYTES, 1 << (nbytes - 1).bit_length()))
 
 
 @functools.cache

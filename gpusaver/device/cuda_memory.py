@@ -19,7 +19,7 @@ from gpusaver.errors import ResourceExhaustedError
 
 #: cudaHostRegisterPortable: pinned for every device of the process.
 _PORTABLE = 1
-_OUT_OF_MEMORY = 2
+OUT_OF_MEMORY = 2
 
 
 class PinnedBuffer:
@@ -37,7 +37,7 @@ class PinnedBuffer:
             cupy.cuda.runtime.hostRegister(self._address, nbytes, _PORTABLE)
         except cupy.cuda.runtime.CUDARuntimeError as error:
             self._address = None
-            if error.status != _OUT_OF_MEMORY:
+            if error.status != OUT_OF_MEMORY:
                 raise
             raise ResourceExhaustedError(f"cannot pin {nbytes} bytes of host memory for copies: {error}") from error
 
@@ -70,7 +70,7 @@ class DeviceMemory:
         try:
             pointer = cupy.cuda.runtime.malloc(size)
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            if error.status == _OUT_OF_MEMORY:
+            if error.status == OUT_OF_MEMORY:
                 raise ResourceExhaustedError(f"no room for {nbytes} bytes on the device: {error}") from error
             raise
         device = cupy.cuda.Device().id

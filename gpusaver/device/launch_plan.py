@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+#: For NVRTC; CuPy adds the architecture and ``-ftz=true --device-as-default-execution-space``.
+COMPILE_OPTIONS = ("-std=c++17",)
+
 TILE_NBYTES = 32 * 1024
 LINE_NBYTES = 128
 TILE = np.dtype([("array", "<i8"), ("offset", "<i8"), ("nbytes", "<i8")])

@@ -8,7 +8,8 @@ which only a part is wanted, and big-endian bundles.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,13 +22,11 @@ from gpusaver.bundle.slices import check_tiling, intersect, slice_key
 from gpusaver.bundle.strings import decode_strings
 from gpusaver.device import HOST, Runtime, Transfer
 from gpusaver.device.host import byte_view
-from gpusaver.errors import DataLossError, OutOfRangeError, UnimplementedError
+from gpusaver.errors import DataLossError, OutOfRangeError, ResourceExhaustedError, UnimplementedError
 from gpusaver.pipeline.restore import Read, read_entries
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import ReadableFile, Storage
 from gpusaver.tensor import DataType, TensorSlice, TensorSpec
-
-_MAX_RANK = 64  # NumPy's
 
 
 class Target(NamedTuple):
@@ -49,6 +48,10 @@ class Assembly:
         self._index = index
         self._prefix = prefix
         self._storage = storage
+        # By shard, looked up once: memory is allocated, and bytes are written, only for what is there.
+        self._sizes: dict[int, int] = {}
+        # Stored tensors and slices that are read into memory of our own, however many targets take a part of them.
+        self._memory: dict[Entry, Any] = {}
         self._reads: list[Read] = []
         self._string_reads: list[Read] = []
         self._decode: list[Callable[[], None]] = []
@@ -71,6 +74,9 @@ class Assembly:
             inside = None if common.resolve(shape) == part.resolve(shape) else common
             self._add_stored(stored, place, inside, part, shape)
 
+    def add_read(self, read: Read) -> None:
+        self._reads.append(read)
+
     def _stored_slice(self, key: bytes, entry: Entry, part: TensorSlice) -> Entry:
         stored = self._index.get(slice_key(key, part))
         expected = TensorSpec(entry.spec.dtype, part.shape(entry.spec.shape))
@@ -89,17 +95,15 @@ class Assembly:
         if wanted is None and not swap:
             self._reads.append(Read(entry, target.runtime, target.array, target.name, target.in_place))
             return
-        self._check_length(entry, target.name)
-        memory = np.empty(entry.spec.shape, entry.spec.dtype.numpy_dtype)
-        self._reads.append(Read(entry, HOST, memory, target.name, in_place=False))
-
-        def finish() -> None:
+        memory = self._memory.get(entry)
+        if memory is None:
+            self._check_length(entry, target.name)
+            memory = self._memory[entry] = np.empty(entry.spec.shape, entry.spec.dtype.numpy_dtype)
+            self._reads.append(Read(entry, HOST, memory, target.name, in_place=False))
             if swap:
-                octets = np.frombuffer(byte_view(memory), np.uint8)
-                octets.view(f"u{entry.spec.dtype.swap_width}").byteswap(inplace=True)
-            upload(target, memory if wanted is None else cut(memory, _relative(wanted, part, shape)))
-
-        self._finish.append(finish)
+                self._finish.append(functools.partial(_swap_bytes, memory, entry.spec.dtype.swap_width))
+        inside = ... if wanted is None else _relative(wanted, part, shape)
+        self._finish.append(lambda: upload(target, memory[inside]))
 
     def add_strings(self, name: str, entry: Entry, deliver: Callable[[list[bytes]], None]) -> None:
         """``deliver`` gets the elements of a string tensor, row-major, once everything has been verified."""
@@ -129,8 +133,9 @@ class Assembly:
             for shard in sorted({read.entry.shard for read in all_reads if read.entry.nbytes}):
                 files[shard] = self._storage.open(self._data_path(shard))
                 stack.callback(files[shard].close)
+                self._sizes[shard] = files[shard].size
             for read in all_reads:
-                self._check_length(read.entry, read.name, files)
+                self._check_length(read.entry, read.name)
             if self._string_reads:
                 # They go into memory of our own and show their damage when decoded: then nothing has been changed yet.
                 read_entries(self._string_reads, files, slots, threads, describe=self._data_path)
@@ -144,31 +149,30 @@ class Assembly:
     def _data_path(self, shard: int) -> str:
         return data_path(self._prefix, shard, self._index.num_shards)
 
-    def _check_length(self, entry: Entry, name: str, files: dict[int, ReadableFile] | None = None) -> None:
-        """Before memory is allocated, or a byte written, for what is not there."""
+    def _check_length(self, entry: Entry, name: str) -> None:
         if not entry.nbytes:
             return
-        path = self._data_path(entry.shard)
-        file = files[entry.shard] if files is not None else self._storage.open(path)
-        try:
-            if entry.offset + entry.nbytes > file.size:
-                raise OutOfRangeError(
-                    f"{path} has {file.size} bytes, but tensor {name} lies at offset {entry.offset} and has "
-                    f"{entry.nbytes}: the file was cut short. Restore an older checkpoint"
-                )
-        finally:
-            if files is None:
-                file.close()
+        size = self._sizes.get(entry.shard)
+        if size is None:
+            file = self._storage.open(self._data_path(entry.shard))
+            size = self._sizes[entry.shard] = file.size
+            file.close()
+        if entry.offset + entry.nbytes > size:
+            raise OutOfRangeError(
+                f"{self._data_path(entry.shard)} has {size} bytes, but tensor {name} lies at offset {entry.offset} and "
+                f"has {entry.nbytes}: the file was cut short. Restore an older checkpoint"
+            )
 
-    def check_lengths(self, entries: Sequence[tuple[str, Entry]]) -> None:
-        """For callers that allocate the targets: raises OutOfRangeError for entries beyond the end of their files."""
-        files: dict[int, ReadableFile] = {}
-        with contextlib.ExitStack() as stack:
-            for name, entry in entries:
-                if entry.nbytes and entry.shard not in files:
-                    files[entry.shard] = self._storage.open(self._data_path(entry.shard))
-                    stack.callback(files[entry.shard].close)
-                self._check_length(entry, name, files)
+    def check(self, name: str, key: bytes, entry: Entry) -> None:
+        """For callers that allocate the target: raises if the tensor is not stored whole, or beyond a file's end."""
+        if entry.slices:
+            check_tiling(key, entry.spec.shape, entry.slices)
+        for stored in [self._stored_slice(key, entry, part) for part in entry.slices] or [entry]:
+            self._check_length(stored, name)
+
+
+def _swap_bytes(memory: Any, width: int) -> None:
+    np.frombuffer(byte_view(memory), np.uint8).view(f"u{width}").byteswap(inplace=True)
 
 
 def _relative(inner: TensorSlice, outer: TensorSlice, shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -196,6 +200,11 @@ def allocate(name: str, spec: TensorSpec, runtime: Runtime) -> Target:
     """A target of its own for a tensor of fixed-size type."""
     if spec.dtype in (DataType.variant, DataType.string):
         raise UnimplementedError(f"tensor {name}: gpusaver lists {spec.dtype.name} tensors but has no array for them")
-    if len(spec.shape) > _MAX_RANK:
-        raise UnimplementedError(f"tensor {name} has {len(spec.shape)} dimensions; NumPy has at most {_MAX_RANK}")
-    return Target(name, runtime, runtime.empty(spec), in_place=False)
+    try:
+        return Target(name, runtime, runtime.empty(spec), in_place=False)
+    except ValueError as error:  # too many dimensions, or too large ones in a tensor without elements
+        raise UnimplementedError(f"tensor {name}: {spec} is more than an array can be: {error}") from error
+    except MemoryError as error:
+        raise ResourceExhaustedError(
+            f"tensor {name}: no memory for {spec}, {spec.nbytes} bytes; load fewer tensors at a time"
+        ) from error

@@ -2,22 +2,23 @@
 
 ::
 
-    chunk        | large piece      |gap| small | small |gap| large piece      |
+    chunk        | plain array      |gap| strided       |gap| plain array      |
     buffers      | the array itself | z | slot          | z | the array itself |     vectored
     buffers      | slot                                                        |     staged
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from gpusaver.bundle.crc import combine
 from gpusaver.bundle.layout import Chunk, Piece
 
-#: Pieces below this are copied through a slot: a buffer of its own costs a system call more than the copy.
-IN_PLACE_NBYTES = 64 * 1024
-
 CHUNK_NBYTES = 8 * 1024 * 1024
+
+
+_NBYTES = operator.attrgetter("nbytes")
 
 
 def vectored_buffers(
@@ -27,6 +28,8 @@ def vectored_buffers(
 
     ``filler`` stands for gaps.  Requires: ``slot`` unless every piece has a view.
     """
+    if slot is None and sum(map(_NBYTES, chunk.pieces)) == chunk.nbytes:
+        return [view for view in views if view is not None]
     buffers: list[memoryview] = []
     slot_start = slot_end = position = 0
     for piece, view in zip(chunk.pieces, views, strict=True):

@@ -85,7 +85,7 @@ class BundleCommit:
             storage.replace(self._temporary(final_index), final_index)
         except Error:
             if self._may_be_committed():
-                self._keep()
+                self._renamed.clear()
             raise
         self._keep()
         storage.sync_directory(self._directory)

@@ -110,8 +110,14 @@ def plan_save(leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None) -> 
         value = leaf.value
         if cached_rows is not None and leaf.key is not None and type(value) is np.ndarray:
             row, number = cached_rows[len(rows)], len(sources)
-            is_same = row.array_dtype == value.dtype and row.spec.shape == value.shape and row.tensor == number
-            if is_same and numbers.setdefault(id(value), number) == number:
+            # None first: to NumPy it equals float64.
+            has_type = row.array_dtype is not None and row.array_dtype == value.dtype
+            if (
+                has_type
+                and row.spec.shape == value.shape
+                and row.tensor == number
+                and numbers.setdefault(id(value), number) == number
+            ):
                 rows.append(row)
                 sources.append(Source(HOST, value))
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +12,10 @@ import numpy as np
 
 from gpusaver.bundle.crc import crc32c, unmask
 from gpusaver.bundle.index import Entry
-from gpusaver.bundle.layout import Chunk, chunks
+from gpusaver.bundle.layout import Chunk, Piece, chunks
 from gpusaver.device import Runtime, Transfer
 from gpusaver.errors import DataLossError
-from gpusaver.pipeline.chunk import CHUNK_NBYTES, IN_PLACE_NBYTES, Checksums, vectored_buffers
+from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import ReadableFile
 
@@ -59,28 +60,31 @@ def read_entries(
     def read(chunk: Chunk, slot: LazySlot) -> None:
         runtime = reads[chunk.pieces[0].tensor].runtime
         views = _views(chunk, reads, runtime) if keep else [None] * len(chunk.pieces)
-        staged = slot.get() if any(view is None for view in views) else None
-        # Before reading: what fails half-way has overwritten something, and so have the neighbours of a damaged tensor.
-        verifier.touched(piece.tensor for piece, view in zip(chunk.pieces, views, strict=True) if view is not None)
+        staged = slot.get() if None in views else None
+        if keep:
+            # Before reading: what fails half-way has overwritten something, and so have the neighbours of the damaged.
+            verifier.touched([piece[0] for piece in chunk.pieces])
         files[chunk.shard].read_into(chunk.offset, vectored_buffers(chunk, views, staged, _filler()))
-        transfers = []
-        for piece, view in zip(chunk.pieces, views, strict=True):
-            tensor, start, offset, nbytes = piece
-            if view is not None:
-                verifier.add(piece, crc32c(view))
-            elif staged is not None:
-                verifier.add(piece, crc32c(staged[offset : offset + nbytes]))
-                transfers.append(Transfer(reads[tensor].array, start, offset, nbytes))
-        if keep and transfers and staged is not None:
-            verifier.touched(piece.tensor for piece, view in zip(chunk.pieces, views, strict=True) if view is None)
+        if staged is None:
+            verifier.check(chunk.pieces, views)
+            return
+        places = [staged[piece.offset : piece.offset + piece.nbytes] for piece in chunk.pieces]
+        verifier.check(
+            chunk.pieces, [place if view is None else view for place, view in zip(places, views, strict=True)]
+        )
+        if keep:
+            transfers = [
+                Transfer(reads[piece.tensor].array, piece.start, piece.offset, piece.nbytes)
+                for piece, view in zip(chunk.pieces, views, strict=True)
+                if view is None
+            ]
             with splitting if _splits_elements(chunk, reads) else contextlib.nullcontext():
                 event = runtime.from_slot(transfers, staged)
                 if event is not None:
                     event.synchronize()
 
     try:
-        windows = list(chunks(*column, CHUNK_NBYTES, max_gap=_MAX_GAP))
-        work_off(windows, read, slots, min(threads, len(windows)))
+        work_off(chunks(*column, CHUNK_NBYTES, max_gap=_MAX_GAP), read, slots, threads)
         verifier.finish()
     except DataLossError as error:
         raise DataLossError(error.message, modified=verifier.modified if keep else ()) from error
@@ -111,22 +115,21 @@ _SINK = memoryview(bytearray(_MAX_GAP))
 
 
 def _columns(reads: Sequence[Read], owners: dict[int, int]) -> tuple[Any, Any, Any, Any]:
+    """Shard, offset, size and owner of each read."""
+    shard, offset, nbytes = map(operator.attrgetter, ("entry.shard", "entry.offset", "entry.nbytes"))
     count = len(reads)
-    entries = [read.entry for read in reads]
     return (
-        np.fromiter((entry.shard for entry in entries), np.int64, count),
-        np.fromiter((entry.offset for entry in entries), np.int64, count),
-        np.fromiter((entry.nbytes for entry in entries), np.int64, count),
-        np.fromiter((owners[id(read.runtime)] for read in reads), np.int64, count),
+        np.fromiter(map(shard, reads), np.int64, count),
+        np.fromiter(map(offset, reads), np.int64, count),
+        np.fromiter(map(nbytes, reads), np.int64, count),
+        np.fromiter([owners[id(read.runtime)] for read in reads], np.int64, count),
     )
 
 
 def _views(chunk: Chunk, reads: Sequence[Read], runtime: Runtime) -> list[memoryview | None]:
-    """The array's own memory for large pieces, None for what goes through the slot."""
-    return [
-        runtime.view(reads[tensor].array, start, nbytes) if nbytes >= IN_PLACE_NBYTES else None
-        for tensor, start, _, nbytes in chunk.pieces
-    ]
+    """The array's own memory, None for what goes through the slot."""
+    view = runtime.view
+    return [view(reads[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces]
 
 
 class _Verifier:
@@ -136,12 +139,19 @@ class _Verifier:
         self._reads = reads
         self._checksums = Checksums(nbytes)
         self._describe = describe
+        self._nbytes = nbytes
+        self._expected = unmask(np.fromiter([read.entry.crc for read in reads], np.uint32, len(reads))).tolist()
         self._touched: set[int] = set()
 
-    def add(self, piece: Any, crc: int) -> None:
-        whole = self._checksums.add(piece, crc)
-        if whole is not None:
-            self._compare(piece.tensor, whole)
+    def check(self, pieces: Sequence[Piece], buffers: Sequence[memoryview | None]) -> None:
+        """``buffers`` hold the bytes of the pieces."""
+        nbytes, expected = self._nbytes, self._expected
+        for piece, crc in zip(pieces, map(crc32c, buffers), strict=True):
+            tensor = piece[0]
+            if piece[3] != nbytes[tensor]:
+                self._checksums.add(piece, crc)
+            elif crc != expected[tensor]:
+                self._compare(tensor, crc)
 
     def touched(self, tensors: Iterable[int]) -> None:
         self._touched.update(tensors)
@@ -151,13 +161,15 @@ class _Verifier:
         return tuple(sorted({self._reads[tensor].name for tensor in self._touched if self._reads[tensor].in_place}))
 
     def finish(self) -> None:
-        found = self._checksums.finished()
-        for tensor in range(len(self._reads)):
-            self._compare(tensor, found.get(tensor, 0))
+        for tensor, crc in self._checksums.finished().items():
+            self._compare(tensor, crc)
+        for tensor, nbytes in enumerate(self._nbytes):
+            if not nbytes:
+                self._compare(tensor, 0)
 
     def _compare(self, tensor: int, crc: int) -> None:
         read = self._reads[tensor]
-        expected = unmask(read.entry.crc)
+        expected = self._expected[tensor]
         if read.checked and crc != expected:
             raise DataLossError(
                 f"{self._describe(read.entry.shard)}: the bytes of tensor {read.name} are damaged. Checksum does not "

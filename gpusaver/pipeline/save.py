@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from gpusaver.bundle.crc import crc32c
 from gpusaver.bundle.layout import Chunk, Layout
 from gpusaver.device import HOST, Event, Runtime, Transfer
-from gpusaver.pipeline.chunk import CHUNK_NBYTES, IN_PLACE_NBYTES, Checksums, vectored_buffers, zero_gaps
+from gpusaver.errors import CancelledError
+from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers, zero_gaps
 from gpusaver.pipeline.staging import Filled, Ring, Staging
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import WritableFile
@@ -63,6 +64,8 @@ def write_chunks(
         if isinstance(job, Filled):
             assert staging is not None
             try:
+                if cancelled.is_set():
+                    raise CancelledError("the save was cancelled before it was committed")
                 _write_slot(job.chunk, job.slot.view, files[job.chunk.shard], checksums)
             finally:
                 staging.release(job)
@@ -70,12 +73,12 @@ def write_chunks(
             _write_from_host(job, sources, files[job.shard], slot, checksums, unread.one_less)
 
     if staging is None:
-        work_off(on_host, write, slots, min(threads, len(on_host)), cancelled)
+        work_off(on_host, write, slots, threads, cancelled)
         return checksums.finished()
     staging.start(on_recorded, unread.one_less)
     try:
         jobs: Iterator[Chunk | Filled] = itertools.chain(staging.filled(), on_host)
-        work_off(jobs, write, slots, min(threads, len(chunks)), cancelled, on_error=staging.stop)
+        work_off(jobs, write, slots, threads, on_error=staging.stop)
     finally:
         staging.stop()
         staging.join()
@@ -107,7 +110,7 @@ def _write_from_host(
         on_read()
         _write_slot(chunk, staged, file, checksums)
     else:
-        file.write_at(chunk.offset, _stage_small(chunk, sources, views, slot, checksums))
+        file.write_at(chunk.offset, _stage_rest(chunk, sources, views, slot, checksums))
         on_read()
 
 
@@ -139,23 +142,15 @@ def _views(chunk: Chunk, sources: Sequence[Source]) -> list[memoryview | None] |
     return views if any(view is not None for view in views) else None
 
 
-def _stage_small(
+def _stage_rest(
     chunk: Chunk, sources: Sequence[Source], views: list[memoryview | None], slot: LazySlot, checksums: Checksums
 ) -> list[memoryview]:
-    """Buffers for a vectored write: large pieces from their arrays, the others copied into the slot."""
+    """Buffers for a vectored write: pieces from their arrays, where they have no view copied into the slot."""
     staged: memoryview | None = None
-    for number, piece in enumerate(chunk.pieces):
-        view = views[number]
-        if view is not None and piece.nbytes >= IN_PLACE_NBYTES:
-            checksums.add(piece, crc32c(view))
-            continue
-        staged = staged if staged is not None else slot.get()
-        place = staged[piece.offset : piece.offset + piece.nbytes]
-        if view is not None:
-            place[:] = view
-            views[number] = None
-        else:
-            transfer = Transfer(sources[piece.tensor].array, piece.start, piece.offset, piece.nbytes)
-            HOST.to_slot([transfer], staged)
-        checksums.add(piece, crc32c(place))
+    for piece, view in zip(chunk.pieces, views, strict=True):
+        if view is None:
+            staged = staged if staged is not None else slot.get()
+            HOST.to_slot([Transfer(sources[piece.tensor].array, piece.start, piece.offset, piece.nbytes)], staged)
+            view = staged[piece.offset : piece.offset + piece.nbytes]
+        checksums.add(piece, crc32c(view))
     return vectored_buffers(chunk, views, staged, _ZEROS)

@@ -7,6 +7,7 @@ none can be started during it (then the calling thread does all the work).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -70,11 +71,14 @@ def work_off(
 ) -> None:
     """Calls ``work(job, slot)`` for every job, from ``threads`` threads, the calling one among them.
 
-    Returns when all jobs are done.  The first error, an interruption of the calling thread (Ctrl-C) included, stops the
-    others at their next job and is raised when all threads have ended; ``on_error`` is called at once, to wake whoever
-    makes the jobs.  CancelledError if ``cancelled`` was set before the last job was taken.
+    No more threads take part than there are jobs.  Returns when all jobs are done.  The first error, an interruption
+    of the calling thread (Ctrl-C) included, stops the others at their next job and is raised when all threads have
+    ended; CancelledError if ``cancelled`` was set before the last job was taken.  ``on_error`` is called at once, to wake
+    whoever makes the jobs.
     """
-    pending = iter(jobs)
+    jobs = iter(jobs)
+    first = list(itertools.islice(jobs, threads))
+    pending = itertools.chain(first, jobs)
     lock = threading.Lock()
     errors: list[BaseException] = []
 
@@ -95,7 +99,7 @@ def work_off(
     try:
         # RuntimeError: the interpreter is shutting down, or the system is out of threads.
         with contextlib.suppress(RuntimeError):
-            for number in range(1, threads):
+            for number in range(1, len(first)):
                 ended = threading.Event()
                 helper = threading.Thread(target=run, args=(ended,), name=f"gpusaver-worker-{number}")
                 helper.start()
@@ -123,10 +127,10 @@ def _share(
         with lock:
             if errors:
                 return
-            if cancelled is not None and cancelled.is_set():
-                raise CancelledError("the save was cancelled before it was committed")
             try:
                 job = next(jobs)
             except StopIteration:
                 return
+        if cancelled is not None and cancelled.is_set():
+            raise CancelledError("the save was cancelled before it was committed")
         yield job

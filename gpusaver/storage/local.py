@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import operator
 import os
 import secrets
 import stat
@@ -42,10 +43,13 @@ def _translated(action: str, path: str) -> Iterator[None]:
         raise from_os_error(error, action, path) from error
 
 
+_NBYTES = operator.attrgetter("nbytes")
+
+
 def _move(call: Callable[[int, Sequence[Buffer], int], int], fd: int, offset: int, buffers: Sequence[Buffer]) -> int:
     """Runs ``os.pwritev`` or ``os.preadv`` until all is moved or nothing moves; returns the bytes moved."""
     moved = 0
-    pending = [buffer for buffer in buffers if buffer.nbytes]
+    pending = list(filter(_NBYTES, buffers))
     first = 0
     while first < len(pending):
         batch = pending[first : first + _MAX_BUFFERS]
@@ -55,6 +59,9 @@ def _move(call: Callable[[int, Sequence[Buffer], int], int], fd: int, offset: in
         if count == 0:
             break
         moved += count
+        if count == sum(map(_NBYTES, batch)) and batch[-1] is pending[first + len(batch) - 1]:  # nearly always
+            first += len(batch)
+            continue
         while first < len(pending) and count >= pending[first].nbytes:
             count -= pending[first].nbytes
             first += 1
@@ -75,7 +82,7 @@ class LocalWritableFile:
         self._aborted = False
 
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        wanted = sum(buffer.nbytes for buffer in buffers)
+        wanted = sum(map(_NBYTES, buffers))
         with _translated("write", self._path):
             if _move(os.pwritev, self._fd, offset, buffers) != wanted:
                 raise OSError(errno.EIO, "wrote nothing")
@@ -112,7 +119,7 @@ class LocalReadableFile:
         self._fd = fd
 
     def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        wanted = sum(buffer.nbytes for buffer in buffers)
+        wanted = sum(map(_NBYTES, buffers))
         with _translated("read", self._path):
             moved = _move(os.preadv, self._fd, offset, buffers)
         if moved != wanted:
@@ -265,16 +272,15 @@ def _direct_works(directory: str) -> bool:
     """Tries one aligned block.  A refusal (EINVAL, EFAULT) shows here, not in the middle of a save."""
     path = os.path.join(directory, f"probe.{secrets.token_hex(8)}.gpusaver-tmp")
     block = mmap.mmap(-1, DIRECT_ALIGNMENT)
+    fd = -1
     try:
         fd = os.open(path, _CREATE_FLAGS | _O_DIRECT, 0o600)
-    except OSError:
-        return False
-    try:
         return os.pwrite(fd, block, 0) == DIRECT_ALIGNMENT
     except OSError:
         return False
     finally:
-        os.close(fd)
-        with contextlib.suppress(OSError):
+        if fd >= 0:
+            os.close(fd)
+        with contextlib.suppress(OSError):  # it may be there even if it could not be opened
             os.unlink(path)
         block.close()

@@ -8,6 +8,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -18,6 +19,9 @@
 #include <sanitizer/asan_interface.h>
 
 Index threadIdx, blockIdx, blockDim, gridDim;
+
+// Where the linker put all shared memory.
+extern "C" char __start_shared[], __stop_shared[];
 
 namespace copy_cu {
 #include "copy.cu"
@@ -127,6 +131,7 @@ bool all_ended()
 
 void run_block()
 {
+    std::memset(__start_shared, 0xdb, __stop_shared - __start_shared);
     started = 0;
     while (started < threads.size())
         swapcontext(&scheduler, &fresh_fiber()->context);
@@ -174,7 +179,7 @@ unsigned __shfl_xor_sync(unsigned, unsigned value, int lane_mask)
 
 extern "C" {
 
-extern const unsigned SHIM_TILE_NBYTES = copy_cu::TILE_NBYTES;
+extern const unsigned SHIM_TILE_NBYTES = 16 * copy_cu::VECTORS * copy_cu::THREADS;
 extern const unsigned SHIM_TILE_UNITS = copy_cu::TILE_UNITS;
 extern const unsigned SHIM_MAX_DIMS = copy_cu::DIMS;
 

@@ -5,7 +5,7 @@
 #define __global__
 #define __host__
 #define __launch_bounds__(threads)
-#define __shared__ static  // one block runs at a time
+#define __shared__ static __attribute__((section("shared")))  // one block runs at a time
 
 struct Index {
     unsigned x, y, z;

@@ -16,11 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = ROOT / "gpusaver" / "device" / "kernels"
 SANITIZED = os.environ.get("GPUSAVER_SANITIZE") == "1"
+if SANITIZED:  # what they see does not take as many examples, and each takes four times as long
+    settings.register_profile("sanitized", settings(max_examples=25))
+    settings.load_profile("sanitized")
 
 _OPTIONS = "-std=c++17 -shared -fPIC -fno-strict-aliasing -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
 _SANITIZERS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined".split()

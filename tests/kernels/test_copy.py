@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusaver.device import launch_plan
@@ -83,7 +83,6 @@ def test_every_length_at_every_alignment_of_both_sides(misalignment):
     check_both_ways(pieces, place)
 
 
-@settings(max_examples=10 if SANITIZED else 60)
 @given(
     st.lists(
         st.tuples(st.integers(0, 15), st.integers(0, 40), st.one_of(st.integers(0, 70), st.integers(0, 100_000))),
@@ -192,13 +191,11 @@ def check_scatter(view: View) -> None:
     assert np.array_equal(view.memory.array, expected)
 
 
-@settings(max_examples=60 if SANITIZED else 300)
 @given(views(writable=False).filter(fits))
 def test_any_part_of_any_view_is_gathered(view):
     check_gather(view)
 
 
-@settings(max_examples=60 if SANITIZED else 300)
 @given(views(writable=True).filter(fits))
 def test_any_part_of_any_view_is_scattered(view):
     check_scatter(view)
@@ -223,6 +220,14 @@ def test_dimensions_longer_and_shorter_than_a_block(view, shape, itemsize):
     for start, nbytes in ((0, array.nbytes), (middle, middle), (array.nbytes - 3, 3)):
         check_gather(View(memory, array, start, nbytes, 0))
         check_scatter(View(memory, array, start, nbytes, 0))
+
+
+def test_a_dimension_beyond_32_bits():
+    memory, flat = Memory(2), Memory(3000)
+    memory.array[:] = 17, 99
+    array = np.broadcast_to(memory.array[:, None], (2, 2**33 + 5))
+    move("gather_strided", View(memory, array, 2**33 + 5 - 1600, 3000, 0), flat)
+    assert flat.array.tolist() == [17] * 1600 + [99] * 1400
 
 
 def test_units_are_as_wide_as_everything_is_aligned():

@@ -22,9 +22,8 @@
 typedef unsigned char Byte;
 typedef unsigned long long Address;
 
-constexpr unsigned THREADS = 256;
-constexpr unsigned VECTORS = 8;                            // a thread, and in flight before the first store
-constexpr unsigned TILE_NBYTES = THREADS * VECTORS * 16;  // cuda_kernels.py cuts to this
+constexpr unsigned THREADS = 256;  // a block
+constexpr unsigned VECTORS = 8;    // a thread, all loaded before the first is stored
 constexpr unsigned DIMS = 8;
 constexpr unsigned UNITS = 4;  // a thread
 constexpr unsigned TILE_UNITS = THREADS * UNITS;
@@ -32,7 +31,7 @@ constexpr unsigned TILE_UNITS = THREADS * UNITS;
 struct Tile {
     Address array;
     unsigned long long offset;  // in the image
-    unsigned long long nbytes;  // at most TILE_NBYTES
+    unsigned long long nbytes;  // at most 16 * VECTORS * THREADS
 };
 
 // The 16 bytes that begin `shift` bits into the first of the given words.

@@ -2,30 +2,35 @@
 //
 //     piece    |  part 0   | part 1 | part 2 |              cut from its end, so that all but the first have one size
 //
-//     part     |..aaaa|bbbb|cccc|dddd|..                    a warp takes one, in rows of 512 bytes counted from its end,
-//               ^      row  ^    row                        16 bytes = 4 words a lane; what pads it counts as zeros
+//     part     |  ..aaaa|aaaa|aaaa|aa.. |                   a warp takes one, in rows of 512 bytes counted from its
+//                   row   row  row  row                     end, 16 bytes = 4 words a lane; padding counts as zeros
 //
 // A message is a polynomial over GF(2) and its checksum the remainder of message * x^32, so it is linear: a word may be
 // replaced by anything congruent. Each lane folds the words of one column from row to row:
 //
 //     sum = sum * x^4096 + word     modulo the polynomial of CRC-32C (4096 bits are a row)
 //
-// At the end the sum of column c is multiplied by x^(32 (128 - c)), the lanes' are added, and the total is multiplied by
-// x^(what follows of the piece). Zeros before a message change nothing, and zeros after it are undone by a negative
-// power: x^(2^31 - 1) = 1, so every power is one with an exponent below that. The parts' results are added in place
-// (atomicXor), in any order.
+// At the end the sum of column c is multiplied by x^(32 (128 - c)), the lanes' are added, and the total is multiplied
+// by x^(the bits that follow in the piece). Zeros before a message change nothing, and zeros after it are undone by a
+// negative power: x^(2^31 - 1) = 1, so every power is one with an exponent below that. The parts' results are added in
+// place (atomicXor), in any order.
 //
 // Multiplying by x^4096 is a table lookup: the sum's bits are cut into groups of 6, 6, 5, 5, 5 and 5, which takes 256
 // entries in all. Each has a copy per bank of shared memory, 32 KiB, so that the 32 lanes never wait for each other.
-// A word then costs a warp 6 cycles of shared memory and about 15 integer operations at 2 a cycle, 17 bytes a cycle and
-// multiprocessor: 3.9 TB/s on an H200 at 1.755 GHz, close to what its memory delivers. Considered: one copy of four
-// tables for 8 bits each (4 KiB; bank conflicts make a word 14 cycles); 32 copies of them (128 KiB; 5 cycles, but one
-// block per multiprocessor and a launch attribute); and dividing by the polynomial in x^4096 instead of x, bit-sliced in
-// 32 registers without any table (4.3 cycles, but it leaves 32 rows a warp for the tables to reduce, as much work again
-// as a part of 64 KiB is).
+//
+// Estimate, not measured: per word of its lanes a warp makes 6 lookups at 1 a cycle, 13 operations at 2 a cycle (4
+// shifts, 6 masks, 3 exclusive ors of three) and 2 shifts that the compiler turns into multiplications: 6.5 cycles for
+// 128 bytes, or 19.7 bytes a cycle and multiprocessor. 132 of them at 1.755 GHz: 4.6 TB/s, about what the memory of an
+// H200 delivers. The ends of a part cost as much as 25 rows, and 64 KiB have 128: 3.8 TB/s.
+//
+// Considered: four tables for 8 bits each without copies (4 KiB, but bank conflicts make it 14 cycles); 32 copies of
+// them (5 cycles, but 128 KiB: one block a multiprocessor, and a launch attribute); dividing by the polynomial in
+// x^4096 instead of x, bit-sliced in 32 registers without a table (4.3 cycles, but it leaves 32 rows for the tables).
 //
 // All polynomials are reflected, as the checksum is: bit 31 is the coefficient of x^0, and a little-endian word of the
-// message has its first byte where the highest powers are. Compiled by NVRTC, which has no headers: nothing is included.
+// message has its first byte where the highest powers are.
+//
+// Compiled by NVRTC, which has no headers: nothing is included.
 
 typedef unsigned long long Address;
 
@@ -61,9 +66,9 @@ __host__ __device__ constexpr unsigned multiply(unsigned a, unsigned b)
 }
 
 struct Constants {
-    unsigned row[32];          // bit * x^(8 ROW_NBYTES), per bit of a word
+    unsigned row[32];            // bit * x^4096, per bit of a word
     unsigned column[4 * LANES];  // x^(32 (128 - column))
-    unsigned power[8][16];     // x^(digit 16^place), per place and digit
+    unsigned power[8][16];       // x^(digit 16^place), per place and digit
 };
 
 constexpr Constants make_constants()
@@ -228,9 +233,10 @@ __device__ inline unsigned power_of_x(unsigned exponent)
     return power;
 }
 
-// Requires: blocks of LANES x WARPS threads. `checksums` begins as what a piece's would be if it had no bytes but those
-// that four bytes of complement reach beyond its end: see cuda_kernels.py.
-extern "C" __global__ void __launch_bounds__(LANES* WARPS) crc32c(const Part* parts, unsigned count, unsigned* checksums)
+// Adds the parts' results to `checksums`, which begin as initial_checksums in launch_plan.py says.
+// Requires: blocks of LANES x WARPS threads, as many as one likes.
+extern "C" __global__ void __launch_bounds__(LANES * WARPS) crc32c(
+    const Part* parts, unsigned count, unsigned* checksums)
 {
     __shared__ unsigned table[ENTRIES * LANES];
     fill(table);

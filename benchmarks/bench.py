@@ -1,0 +1,264 @@
+"""``make bench``: gpusaver against torch.save, safetensors, np.savez and TensorFlow, and against raw writes and reads.
+
+Every library is a process of its own (:mod:`worker`), in an environment that has it, and all share the same arrays
+(:mod:`workloads`).  First each proves that what it restores is what it saved; that was also its warm-up.  Then rounds:
+in each, every peer saves once and restores once, in turn, each round starting with another one.
+
+Between two measurements, outside of the clock: the last files are read into the page cache, then removed, and the
+folder is synced.  So every save finds as much free memory that was in use a moment before, and none pays for the
+removal of older files.  (Memory that stayed unused may be far slower: a virtual machine gives it back to its host.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from machine import ROOT, commit, describe_machine, host_kind
+from peers import PEERS
+from report import print_tables
+from worker import sync_tree
+from workloads import WORKLOADS, Workload, create_block
+
+RESULTS = os.path.join(ROOT, "benchmarks", "results")
+FULL, QUICK = ("gpt2", "small"), ("gpt2-quick", "small-quick")
+#: What --quick leaves out: slow to start, or close to a neighbour.
+_NOT_QUICK = ("np.savez", "TensorFlow", "raw page cache x4", "raw O_DIRECT x1", "raw O_DIRECT x2")
+
+
+class WorkerError(Exception):
+    pass
+
+
+class WorkerProcess:
+    """The driver's end of a :mod:`worker`; raises WorkerError for whatever goes wrong at the other end."""
+
+    def __init__(self, python: str, peers: Sequence[str], workload: Workload, fd: int, directory: str) -> None:
+        self.peers = peers
+        self._process = subprocess.Popen(
+            [python, os.path.join(ROOT, "benchmarks", "worker.py"), workload.name, str(fd), directory, *peers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=[fd],
+            env={**os.environ, "PYTHONPATH": ROOT},
+        )
+
+    def wait_ready(self) -> None:
+        self._answer()
+
+    def ask(self, order: str, peer: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        print(order, peer, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "the process ended"}
+        if "error" in answer:
+            raise WorkerError(f"{', '.join(self.peers)}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+def read_into_page_cache(directory: str) -> None:
+    buffer = bytearray(8 << 20)
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with open(os.path.join(folder, name), "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def empty(directory: str) -> None:
+    """Leaves an empty folder, and no work for the file system to catch up on."""
+    shutil.rmtree(directory, ignore_errors=True)
+    os.makedirs(directory)
+    sync_tree(os.path.dirname(directory))
+
+
+def run_workload(
+    workload: Workload, peers: Sequence[str], pythons: dict[str, str], rounds: int, directory: str
+) -> dict[str, Any]:
+    """The measurements of one workload: see ``summarize`` for their form."""
+    say(f"{workload.title}: {len(workload.shapes)} tensors, {workload.nbytes / 1e6:,.1f} MB")
+    directory = os.path.join(directory, "files")
+    fd = create_block(workload)
+    workers: list[WorkerProcess] = []
+    try:
+        for names in group_by_process(peers):
+            python = pythons[PEERS[names[0]].environment]
+            workers.append(WorkerProcess(python, names, workload, fd, directory))
+            workers[-1].wait_ready()
+        turns = [(worker, peer) for worker in workers for peer in worker.peers]
+        checked = {}
+        for worker, peer in turns:
+            empty(directory)
+            checked[peer] = worker.ask("check", peer)
+            read_into_page_cache(directory)
+        say(f"  correct and warm: {', '.join(checked)}")
+        samples: dict[str, list[dict[str, Any]]] = {peer: [] for _, peer in turns}
+        for number in range(rounds):
+            start = time.perf_counter()
+            first = number * len(turns) // rounds
+            for worker, peer in turns[first:] + turns[:first]:
+                samples[peer].append(measure(worker, peer, directory))
+            say(f"  round {number + 1} of {rounds}: {time.perf_counter() - start:.1f} s")
+    finally:
+        for worker in workers:
+            worker.close()
+        os.close(fd)
+        shutil.rmtree(directory, ignore_errors=True)
+    return summarize(workload, checked, samples)
+
+
+def group_by_process(peers: Sequence[str]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for peer in peers:
+        groups.setdefault(PEERS[peer].process or peer, []).append(peer)
+    return list(groups.values())
+
+
+def measure(worker: WorkerProcess, peer: str, directory: str) -> dict[str, Any]:
+    empty(directory)
+    sample = worker.ask("save", peer)
+    read_into_page_cache(directory)
+    if PEERS[peer].is_restored:
+        sample |= worker.ask("restore", peer)
+    return sample
+
+
+def summarize(
+    workload: Workload, checked: dict[str, dict[str, Any]], samples: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Seconds and bytes: for each peer and figure median, min, max and all values; ratios to the best raw medians."""
+    peers: dict[str, Any] = {}
+    for peer, rounds in samples.items():
+        figures = {}
+        for figure in rounds[0]:
+            values = [sample[figure] for sample in rounds]
+            if None not in values:
+                figures[figure] = {
+                    "median": statistics.median(values),
+                    "min": min(values),
+                    "max": max(values),
+                    "values": values,
+                }
+        peers[peer] = {"is_ceiling": PEERS[peer].is_ceiling, **checked[peer], "figures": figures}
+    ceilings = {}
+    for figure in ("durable", "restore"):
+        raw = [name for name, peer in peers.items() if peer["is_ceiling"] and figure in peer["figures"]]
+        if not raw:
+            continue
+        best = min(raw, key=lambda name: peers[name]["figures"][figure]["median"])
+        ceilings[figure] = best
+        for related in {"durable": ("return", "durable", "save_cpu"), "restore": ("restore", "restore_cpu")}[figure]:
+            base = peers[best]["figures"][related if related.endswith("cpu") else figure]["median"]
+            for peer in peers.values():
+                if related in peer["figures"] and base:
+                    peer["figures"][related]["ratio"] = peer["figures"][related]["median"] / base
+    return {
+        "title": workload.title,
+        "tensors": len(workload.shapes),
+        "nbytes": workload.nbytes,
+        "rounds": len(next(iter(samples.values()))),
+        "ceilings": ceilings,
+        "peers": peers,
+    }
+
+
+def find_pythons(tensorflow: str) -> dict[str, str]:
+    """By environment; without TensorFlow's if there is none."""
+    pythons = {"bench": sys.executable}
+    if os.path.exists(tensorflow):
+        pythons["tensorflow"] = tensorflow
+    return pythons
+
+
+def choose_peers(wanted: str | None, pythons: dict[str, str], quick: bool) -> list[str]:
+    """Those named, by their beginnings; raises SystemExit for a name that fits none."""
+    available = [name for name, peer in PEERS.items() if peer.environment in pythons]
+    if wanted is None:
+        return [name for name in available if not (quick and name in _NOT_QUICK)]
+    prefixes = [prefix.strip().lower() for prefix in wanted.split(",")]
+    for prefix in prefixes:
+        if not any(name.lower().startswith(prefix) for name in available):
+            raise SystemExit(f"--peers: {prefix!r} fits none of {', '.join(available)}")
+    return [name for name in available if name.lower().startswith(tuple(prefixes))]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measures gpusaver against other libraries and against raw writes.")
+    parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="may be repeated")
+    parser.add_argument("--peers", help="beginnings of their names, by comma: gpusaver,torch,raw")
+    parser.add_argument("--rounds", type=int, help="default 5; with --quick 2")
+    parser.add_argument("--directory", default=os.path.join(ROOT, "build", "bench"), help="where the files go")
+    parser.add_argument("--quick", action="store_true", help="a minute: smaller workloads, fewer peers and rounds")
+    parser.add_argument("--output", help="the JSON file; default benchmarks/results/<date>-<machine>.json if complete")
+    parser.add_argument(
+        "--tensorflow-python",
+        default=os.environ.get("GPUSAVER_TF_PYTHON", os.path.join(ROOT, ".venv-tf", "bin", "python")),
+        help="a Python that has TensorFlow, which is left out if there is none; default $GPUSAVER_TF_PYTHON",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the workers are ended, too
+    pythons = find_pythons(options.tensorflow_python)
+    peers = choose_peers(options.peers, pythons, options.quick)
+    if "tensorflow" not in pythons:
+        say(f"Without TensorFlow: there is no {options.tensorflow_python} (make test-tf makes it).")
+    rounds = options.rounds or (2 if options.quick else 5)
+    directory = os.path.abspath(options.directory)
+    os.makedirs(directory, exist_ok=True)
+    now = datetime.datetime.now(datetime.UTC)
+    results: dict[str, Any] = {
+        "date": now.isoformat(timespec="seconds"),
+        "commit": commit(),
+        "python": sys.version.split()[0],
+        "machine": describe_machine(directory),
+        "workloads": {
+            name: run_workload(WORKLOADS[name], peers, pythons, rounds, directory)
+            for name in options.workload or (QUICK if options.quick else FULL)
+        },
+    }
+    print_tables(results)
+    is_complete = not (options.quick or options.workload or options.peers)
+    output = options.output or (os.path.join(RESULTS, f"{now.date()}-{host_kind()}.json") if is_complete else None)
+    if output is not None:
+        os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+        with open(output, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+            file.write("\n")
+        say(f"Written: {output}. For the README: {os.path.relpath(sys.executable)} benchmarks/report.py")
+
+
+if __name__ == "__main__":
+    main()

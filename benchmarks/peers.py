@@ -1,0 +1,299 @@
+"""The libraries that are compared, and the raw writes that bound them: one class each, the same four operations.
+
+Every restore ends in the arrays that were there before, which is what a training job needs; each library gets there
+by the fastest way that its documentation shows.  Libraries are imported when their peer is made, so that each can
+live in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import mmap
+import os
+import threading
+import zlib
+from typing import Any, ClassVar
+
+import numpy as np
+from workloads import Arrays
+
+_PIECE_NBYTES = 8 << 20
+_BATCH_NBYTES = 64 << 20
+
+
+class Peer:
+    """Saves ``arrays`` into files in ``directory`` and gets them back from there.
+
+    ``environment``: which of the driver's Pythons has the library.  ``process``: peers that name the same share one.
+    ``distributions``: whose versions are reported.  ``is_ceiling``: not a library but what bounds them.
+    """
+
+    environment: ClassVar[str] = "bench"
+    process: ClassVar[str | None] = None
+    distributions: ClassVar[tuple[str, ...]] = ()
+    is_ceiling: ClassVar[bool] = False
+    is_restored: ClassVar[bool] = True
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        self.arrays = arrays
+        self.block = block
+        self.directory = directory
+
+    def save(self) -> None:
+        """Returns when the library says that it is done."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Returns when the arrays have the values of the last save."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        for array in self.arrays.values():
+            array.fill(0)
+
+    def digest(self) -> int:
+        value = 0
+        for array in self.arrays.values():
+            value = zlib.crc32(array.data.cast("B"), value)
+        return value
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        return {name: importlib.metadata.version(name) for name in cls.distributions}
+
+
+class Gpusaver(Peer):
+    """As documented: one Saver for the job, which also keeps the state file and syncs everything."""
+
+    direct_io: ClassVar[bool | None] = None
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        import gpusaver
+
+        self._saver = gpusaver.Saver(dict(arrays), direct_io=self.direct_io)
+
+    def save(self) -> None:
+        self._saver.save(self.path("model.ckpt"))
+
+    def restore(self) -> None:
+        self._saver.restore(self.path("model.ckpt"))
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        import gpusaver
+
+        return {"gpusaver": gpusaver.__version__}
+
+
+class GpusaverCached(Gpusaver):
+    direct_io = False
+
+
+class GpusaverDirect(Gpusaver):
+    direct_io = True
+
+
+class Torch(Peer):
+    """``torch.save`` of a state dict; back through a mapped file, so that no second state is ever allocated."""
+
+    distributions = ("torch",)
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        import torch
+
+        self._torch = torch
+        self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def save(self) -> None:
+        self._torch.save(self._tensors, self.path("state.pt"))
+
+    def restore(self) -> None:
+        loaded = self._torch.load(self.path("state.pt"), mmap=True, weights_only=True)
+        for name, tensor in self._tensors.items():
+            tensor.copy_(loaded[name])
+
+
+class Safetensors(Peer):
+    """``safetensors.numpy``; back tensor by tensor."""
+
+    distributions = ("safetensors",)
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        import safetensors
+        import safetensors.numpy
+
+        self._open = safetensors.safe_open
+        self._save_file = safetensors.numpy.save_file
+
+    def save(self) -> None:
+        self._save_file(self.arrays, self.path("state.safetensors"))
+
+    def restore(self) -> None:
+        with self._open(self.path("state.safetensors"), framework="numpy") as file:
+            for name, array in self.arrays.items():
+                np.copyto(array, file.get_tensor(name))
+
+
+class Npz(Peer):
+    distributions = ("numpy",)
+
+    def save(self) -> None:
+        np.savez(self.path("state.npz"), **self.arrays)  # type: ignore[arg-type]
+
+    def restore(self) -> None:
+        with np.load(self.path("state.npz")) as file:
+            for name, array in self.arrays.items():
+                np.copyto(array, file[name])
+
+
+class TensorFlow(Peer):
+    """``tf.compat.v1.train.Saver`` over variables of its own."""
+
+    environment = "tensorflow"
+    distributions = ("tensorflow-cpu",)
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        import tensorflow
+
+        v1 = tensorflow.compat.v1
+        v1.disable_eager_execution()
+        v1.logging.set_verbosity(v1.logging.ERROR)
+        variables = [
+            v1.get_variable(name, array.shape, initializer=v1.zeros_initializer(), use_resource=True)
+            for name, array in arrays.items()
+        ]
+        values = [variable.value() for variable in variables]
+        self._clear = v1.global_variables_initializer()
+        self._saver = v1.train.Saver()
+        self._session = v1.Session()
+        # A run costs by the size of the graph, and what a run fetches is in memory at once.
+        self._batches = []
+        for batch in _batches([array.nbytes for array in arrays.values()]):
+            self._batches.append([values[number] for number in batch])
+            initializers = [variables[number].initializer for number in batch]
+            fed = {op.inputs[1]: arrays[variables[n].op.name] for op, n in zip(initializers, batch, strict=True)}
+            self._session.run(initializers, fed)
+
+    def save(self) -> None:
+        self._saver.save(self._session, self.path("model.ckpt"), write_meta_graph=False)
+
+    def restore(self) -> None:
+        self._saver.restore(self._session, self.path("model.ckpt"))
+
+    def clear(self) -> None:
+        self._session.run(self._clear)
+
+    def digest(self) -> int:
+        value = 0
+        for batch in self._batches:
+            for array in self._session.run(batch):
+                value = zlib.crc32(array, value)
+        return value
+
+
+def _batches(sizes: list[int]) -> list[list[int]]:
+    """The numbers of the sizes, in runs of about 64 MB."""
+    batches: list[list[int]] = [[]]
+    total = 0
+    for number, size in enumerate(sizes):
+        if batches[-1] and total + size > _BATCH_NBYTES:
+            batches.append([])
+            total = 0
+        batches[-1].append(number)
+        total += size
+    return batches
+
+
+class Raw(Peer):
+    """The bytes alone, in one file: reserved, written by ``threads`` threads in pieces of 8 MiB.
+
+    From memory that lies as the device likes it best: in huge pages, aligned, so that around the page cache nothing
+    is copied.  (NumPy's arrays lie 16 bytes off; whoever writes them so must copy first.)
+    """
+
+    process = "raw"
+    is_ceiling = True
+    is_restored = False
+    threads: ClassVar[int] = 1
+    flags: ClassVar[int] = 0
+    copy: ClassVar[memoryview | None] = None
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        Raw.copy = Raw.copy or _in_huge_pages(block)
+        super().__init__(arrays, Raw.copy, directory)
+
+    def clear(self) -> None:
+        np.frombuffer(self.block, np.uint8).fill(0)
+
+    def digest(self) -> int:
+        return zlib.crc32(self.block)
+
+    def save(self) -> None:
+        fd = os.open(self.path("raw"), os.O_RDWR | os.O_CREAT | os.O_EXCL | self.flags, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, len(self.block))
+            starts = iter(range(0, len(self.block), _PIECE_NBYTES))
+            others = [threading.Thread(target=self._write, args=(fd, starts)) for _ in range(self.threads - 1)]
+            for other in others:
+                other.start()
+            self._write(fd, starts)
+            for other in others:
+                other.join()
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _write(self, fd: int, starts: Any) -> None:
+        for start in starts:  # the GIL makes each start go to one thread
+            end = min(start + _PIECE_NBYTES, len(self.block))
+            while start < end:
+                start += os.pwrite(fd, self.block[start:end], start)
+
+    def restore(self) -> None:
+        fd = os.open(self.path("raw"), os.O_RDONLY)
+        try:
+            position = 0
+            while position < len(self.block):
+                position += os.preadv(fd, [self.block[position : position + _PIECE_NBYTES]], position)
+        finally:
+            os.close(fd)
+
+
+def _in_huge_pages(block: memoryview) -> memoryview:
+    memory = mmap.mmap(-1, len(block), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    np.copyto(np.frombuffer(memory, np.uint8), np.frombuffer(block, np.uint8))
+    return memoryview(memory)
+
+
+def _raw(threads: int, direct: bool) -> type[Raw]:
+    attributes = {"threads": threads, "flags": os.O_DIRECT if direct else 0, "is_restored": threads == 1 and not direct}
+    return type("Raw", (Raw,), attributes)
+
+
+_RAW_MODES = (False, True) if hasattr(os, "O_DIRECT") else (False,)
+
+PEERS: dict[str, type[Peer]] = {
+    "gpusaver": Gpusaver,
+    "gpusaver page cache": GpusaverCached,
+    "gpusaver O_DIRECT": GpusaverDirect,
+    "torch.save": Torch,
+    "safetensors": Safetensors,
+    "np.savez": Npz,
+    "TensorFlow": TensorFlow,
+    **{
+        f"raw {'O_DIRECT' if direct else 'page cache'} x{threads}": _raw(threads, direct)
+        for direct, threads in itertools.product(_RAW_MODES, (1, 2, 4))
+    },
+}

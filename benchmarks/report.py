@@ -1,0 +1,158 @@
+"""Tables of a benchmark's results: on the screen, and as Markdown between two marks of the README.
+
+``python benchmarks/report.py [RESULTS.json] [--readme README.md]`` puts the newest results into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from machine import ROOT
+
+START, END = "<!-- results -->", "<!-- /results -->"
+
+#: Heading, figure, unit, whether its range and its ratio to the raw write or read are shown.
+_COLUMNS = (
+    ("return s", "return", 1.0, False),
+    ("durable s", "durable", 1.0, True),
+    ("restore s", "restore", 1.0, True),
+    ("CPU s save", "save_cpu", 1.0, False),
+    ("restore", "restore_cpu", 1.0, False),
+    ("MB more save", "save_peak", 1e6, False),
+    ("restore", "restore_peak", 1e6, False),
+)
+
+
+def heading() -> list[str]:
+    row = [""]
+    for title, _, _, is_main in _COLUMNS:
+        row += [title, "x raw"] if is_main else [title]
+    return row
+
+
+def rows(workload: dict[str, Any], *, with_range: bool) -> list[list[str]]:
+    """One row per peer, and one for the best raw write and one for the best raw read; fastest to durable first."""
+    shown = [name for name, peer in workload["peers"].items() if not peer["is_ceiling"]]
+    shown += dict.fromkeys(workload["ceilings"].values())
+    shown.sort(key=lambda name: workload["peers"][name]["figures"]["durable"]["median"])
+    table = []
+    for name in shown:
+        row = [name]
+        for _, figure, unit, is_main in _COLUMNS:
+            found = workload["peers"][name]["figures"].get(figure)
+            row.append(_cell(found, unit, with_range and is_main))
+            if is_main:
+                row.append(f"{found['ratio']:.2f}" if found and "ratio" in found else "")
+        table.append(row)
+    return table
+
+
+def _cell(figure: dict[str, Any] | None, unit: float, with_range: bool) -> str:
+    if figure is None:
+        return ""
+    low, middle, high = (figure[key] / unit for key in ("min", "median", "max"))
+    if unit > 1:
+        return f"{middle:,.0f}"
+    digits = 3 if middle < 0.3 else 2
+    return f"{middle:.{digits}f}" + (f" ({low:.{digits}f}-{high:.{digits}f})" if with_range else "")
+
+
+def title(workload: dict[str, Any]) -> str:
+    return f"{workload['title']}: {workload['tensors']:,} tensors, {workload['nbytes'] / 1e6:,.1f} MB"
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    for workload in results["workloads"].values():
+        print_table(title(workload), heading(), rows(workload, with_range=True))
+
+
+def print_table(caption: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
+        print(f"\n{caption}")
+        for row in [head, *body]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(title=caption, title_justify="left")
+    for column, name in enumerate(head):
+        table.add_column(name, justify="right" if column else "left", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    Console(width=max(150, Console().width)).print(table)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    versions = {}
+    for workload in results["workloads"].values():
+        for peer in workload["peers"].values():
+            versions |= peer["versions"]
+    count = next(iter(results["workloads"].values()))["rounds"]
+    parts = [
+        f"{results['date'][:10]}, {machine['cores']} cores ({machine['cpu']}), {machine['file_system']}, "
+        f"{machine['system']} {machine['kernel']}, Python {results['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        + f"; commit {results['commit']}. Medians of {count} rounds taken in turn. *Durable*: all files and folders "
+        "synced. *Restore*: from the page cache into the existing arrays. *MB more*: peak memory beyond the arrays, "
+        "pages of mapped files included. *x raw*: against the fastest plain write, or read, of the same bytes."
+    ]
+    for workload in results["workloads"].values():
+        head = heading()
+        lines = [f"| {' | '.join(row)} |" for row in [head, *rows(workload, with_range=False)]]
+        lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
+        parts += [f"**{title(workload)}**", "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
+def replace_between_marks(text: str, content: str) -> str:
+    """Raises ValueError if the text lacks the marks."""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"expected {START} and, after it, {END}")
+    return f"{before}{START}\n{content}\n{END}{after}"
+
+
+def newest_results() -> str:
+    """By the date inside; raises SystemExit if there are none."""
+    paths = glob.glob(os.path.join(ROOT, "benchmarks", "results", "*.json"))
+    if not paths:
+        raise SystemExit("benchmarks/results is empty: make bench first")
+    return max(paths, key=lambda path: load(path)["date"])
+
+
+def load(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def update_readme(readme: str, results: dict[str, Any]) -> None:
+    with open(readme, encoding="utf-8") as file:
+        text = file.read()
+    with open(readme, "w", encoding="utf-8") as file:
+        file.write(replace_between_marks(text, markdown(results)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Puts benchmark results into the README.")
+    parser.add_argument("results", nargs="?", help="default: the newest in benchmarks/results")
+    parser.add_argument("--readme", default=os.path.join(ROOT, "README.md"))
+    parser.add_argument("--print", action="store_true", help="print the tables instead")
+    options = parser.parse_args()
+    results = load(options.results or newest_results())
+    if options.print:
+        print_tables(results)
+    else:
+        update_readme(options.readme, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Through files and back: any arrays, any subset, into memory of any layout, with and without O_DIRECT."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpusaver
+from gpusaver.bundle import layout
+from gpusaver.device import Transfer
+from gpusaver.device.host import HostRuntime
+from gpusaver.pipeline import restore, save
+
+DTYPES = ["?", "u1", "<i2", ">f4", "<f8", "<c16", ml_dtypes.bfloat16]
+PLACES = ["own", "fortran", "strided", "reversed", "big-endian", "read-only"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_scale() -> Iterator[None]:
+    """Chunks of two pages, tensors that are large from one page on, and no waiting for the disk."""
+    with (
+        mock.patch.object(layout, "LARGE_NBYTES", 4096),
+        mock.patch.object(save, "CHUNK_NBYTES", 8192),
+        mock.patch.object(restore, "CHUNK_NBYTES", 8192),
+        mock.patch.object(restore, "_MAX_GAP", 4096),
+        mock.patch.object(os, "fsync"),
+    ):
+        yield
+
+
+def content(number: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(number).integers(0, 2, shape).astype(dtype)
+
+
+def empty_in(place: str, like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """An array of zeros with that shape and type, in memory of another kind."""
+    zeros = np.zeros(like.shape, like.dtype)
+    if place == "fortran":
+        return np.zeros(like.shape, like.dtype, order="F")
+    if place == "strided" and like.ndim:
+        return np.zeros((*like.shape[:-1], 2 * like.shape[-1]), like.dtype)[..., ::2]
+    if place == "reversed" and like.ndim:
+        return zeros[::-1]
+    if place == "big-endian" and like.dtype.kind in "iufc":
+        return zeros.astype(like.dtype.newbyteorder(">"))
+    if place == "read-only":
+        zeros.flags.writeable = False
+    return zeros
+
+
+shapes = st.one_of(
+    st.lists(st.integers(0, 5), max_size=3).map(tuple),
+    st.tuples(st.integers(1, 40), st.integers(1, 120)),
+    st.tuples(st.integers(1, 20_000)),
+)
+states = st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.sampled_from(PLACES)), min_size=1, max_size=12)
+
+
+@settings(max_examples=60)
+@given(states, st.sampled_from([False, True]), st.data())
+def test_any_subset_comes_back(given_state: list[tuple[Any, Any, str]], direct: bool, data: st.DataObject) -> None:
+    expected = {f"t{n:02d}": content(n, shape, dtype) for n, (shape, dtype, _) in enumerate(given_state)}
+    sources = {name: empty_in(place, expected[name]) for name, (_, _, place) in zip(expected, given_state, strict=True)}
+    for name, array in sources.items():
+        array.flags.writeable = True
+        array[...] = expected[name]
+    wanted = data.draw(st.sets(st.sampled_from(sorted(expected)), min_size=1))
+    places = data.draw(st.lists(st.sampled_from(PLACES), min_size=len(wanted), max_size=len(wanted)))
+    verify = data.draw(st.sampled_from(["during", "before"]))
+    with tempfile.TemporaryDirectory() as directory:
+        with gpusaver.Saver(sources, direct_io=direct) as saver:
+            prefix = saver.save(os.path.join(directory, "k"))
+        targets = {name: empty_in(place, expected[name]) for name, place in zip(sorted(wanted), places, strict=True)}
+        state = dict(targets)
+        with gpusaver.Saver(state) as saver:
+            report = saver.restore(prefix, verify=verify)
+        for name in wanted:
+            np.testing.assert_array_equal(state[name], expected[name])
+            assert (state[name] is targets[name]) == targets[name].flags.writeable
+        assert report.restored == sorted(wanted)
+        assert report.unexpected == sorted(set(expected) - wanted)
+        read = gpusaver.CheckpointReader(prefix).get_tensors(sorted(wanted))
+        assert {name: read[name].tobytes() for name in wanted} == {
+            name: expected[name].astype(expected[name].dtype.newbyteorder("<")).tobytes()
+            if expected[name].dtype.byteorder == ">"
+            else expected[name].tobytes()
+            for name in wanted
+        }
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_files_end_where_the_layout_says(tmp_path: Path, direct: bool) -> None:
+    """Padding for O_DIRECT is cut off, and the gaps between tensors are zeros, not what a slot held before."""
+    arrays = {"a": np.full(4097, 255, np.uint8), "b": np.full(5001, 255, np.uint8), "c": np.full(3, 255, np.uint8)}
+    with gpusaver.Saver(arrays, direct_io=direct) as saver:
+        for _ in range(2):
+            prefix = saver.save(tmp_path / "k")
+    (data_file,) = (path for path in tmp_path.iterdir() if ".data-" in path.name and path.stat().st_size)
+    stored = data_file.read_bytes()
+    assert len(stored) == 8192 + 5001 + 3
+    assert stored == b"\xff" * 4097 + bytes(4095) + b"\xff" * 5004
+    assert gpusaver.load(prefix).keys() == arrays.keys()
+
+
+def test_an_element_cut_by_the_border_of_two_chunks_is_written_by_one_thread_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In strided memory it is read, changed and written back: two threads at once would undo each other's half."""
+    expected = {name: np.random.default_rng(ord(name)).random(975, np.float32) for name in "bcd"}
+    # Packed: 3 bytes, then three tensors of 3900; the end of the first chunk, at 8192, lies within an element.
+    prefix = gpusaver.save(tmp_path / "k", {"a": np.ones(3, np.uint8), **expected})
+    inside = threading.Semaphore(0)
+    busy: list[int] = []
+    original = HostRuntime.from_slot
+
+    def slow(self: HostRuntime, transfers: list[Transfer], slot: memoryview) -> Any:
+        busy.append(1)
+        together = len(busy)
+        inside.acquire(timeout=0.05)  # long enough for the other thread to come
+        try:
+            assert together == 1
+            return original(self, transfers, slot)
+        finally:
+            busy.pop()
+
+    monkeypatch.setattr(HostRuntime, "from_slot", slow)
+    targets = {name: np.zeros(2 * 975, np.float32)[::2] for name in expected}
+    with gpusaver.Saver({"a": np.zeros(3, np.uint8), **targets}) as saver:
+        saver.restore(prefix)
+    for name, target in targets.items():
+        np.testing.assert_array_equal(target, expected[name])

@@ -1,0 +1,251 @@
+"""What every storage must do; each backend runs all of it."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpusaver.device.host import allocate_pages
+from gpusaver.errors import Error, InvalidArgumentError, NotFoundError, OutOfRangeError
+from gpusaver.storage.base import Buffer, Storage, WritableFile, read_bytes, write_bytes
+from gpusaver.storage.local import LocalStorage
+
+
+def aligned(data: bytes) -> memoryview:
+    """The data in memory that may be written around the page cache, padded with zeros to whole pages."""
+    nbytes = -(-len(data) // 4096) * 4096
+    pages = allocate_pages(nbytes)[:nbytes]
+    pages[: len(data)] = np.frombuffer(data, np.uint8)
+    return pages.data
+
+
+def blocks(data: bytes, file: WritableFile, count: int) -> list[tuple[int, Buffer]]:
+    """``(offset, buffer)`` of about ``count`` parts of the data, such as the file takes."""
+    source = aligned(data) if file.alignment > 1 else memoryview(data)
+    step = max(1, -(-len(source) // count // file.alignment) * file.alignment)
+    return [(offset, source[offset : offset + step]) for offset in range(0, len(source), step)]
+
+
+class StorageContract:
+    """A backend's class derives from this and has two fixtures: ``storage``, and an empty ``directory``."""
+
+    #: Whether files are asked for with ``direct=True``.
+    direct = False
+
+    def written(self, storage: Storage, path: str, data: bytes, *, count: int = 3) -> str:
+        file = storage.create(path, len(data), direct=self.direct)
+        for offset, block in blocks(data, file, count):
+            file.write_at(offset, [block])
+        file.sync()
+        file.close()
+        return path
+
+    def read(self, storage: Storage, path: str) -> bytes:
+        return read_bytes(storage, path)
+
+    @pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, 100_000])
+    def test_what_was_written_is_read(self, storage: Storage, directory: str, nbytes: int) -> None:
+        data = random.Random(1).randbytes(nbytes)
+        assert self.read(storage, self.written(storage, f"{directory}/f", data)) == data
+
+    def test_blocks_in_any_order(self, storage: Storage, directory: str) -> None:
+        if storage.ordered:
+            pytest.skip("offsets must ascend here")
+        data = random.Random(2).randbytes(50_001)
+        file = storage.create(f"{directory}/f", len(data), direct=self.direct)
+        parts = blocks(data, file, 12)
+        for offset, block in [parts[-1], *random.Random(3).sample(parts[:-1], len(parts) - 1)]:
+            file.write_at(offset, [block])
+        file.sync()
+        file.close()
+        assert self.read(storage, f"{directory}/f") == data
+
+    def test_blocks_from_several_threads(self, storage: Storage, directory: str) -> None:
+        if storage.ordered:
+            pytest.skip("offsets must ascend here")
+        data = random.Random(4).randbytes(300_001)
+        file = storage.create(f"{directory}/f", len(data), direct=self.direct)
+        parts = blocks(data, file, 60)
+
+        def write(share: list[tuple[int, Buffer]]) -> None:
+            for offset, block in share:
+                file.write_at(offset, [block])
+
+        threads = [threading.Thread(target=write, args=(parts[number::3],)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        file.sync()
+        file.close()
+        assert self.read(storage, f"{directory}/f") == data
+
+    def test_thousands_of_buffers_at_once(self, storage: Storage, directory: str) -> None:
+        file = storage.create(f"{directory}/f", 2500 * 4096, direct=self.direct)
+        size = file.alignment if file.alignment > 1 else 3
+        data = random.Random(5).randbytes(2500 * size)
+        source = aligned(data) if file.alignment > 1 else memoryview(data)
+        empty = memoryview(b"")
+        buffers = [empty, *(source[n * size : (n + 1) * size] for n in range(2500)), empty]
+        file.write_at(0, buffers)
+        file.close()
+        reader = storage.open(f"{directory}/f")
+        found = bytearray(len(data))
+        view = memoryview(found)
+        reader.read_into(0, [empty, *(view[n : n + size] for n in range(0, len(data), size))])
+        reader.close()
+        assert found == data
+
+    def test_parts_of_a_file(self, storage: Storage, directory: str) -> None:
+        path = self.written(storage, f"{directory}/f", b"0123456789")
+        file = storage.open(path)
+        assert file.size == 10
+        first, second = bytearray(2), bytearray(3)
+        file.read_into(4, [memoryview(first), memoryview(second)])
+        assert (first, second) == (b"45", b"678")
+        file.read_into(10, [])
+        file.close()
+        file.close()
+
+    @pytest.mark.parametrize(("offset", "nbytes"), [(0, 11), (9, 2), (10, 1), (4000, 1)])
+    def test_reading_beyond_the_end(self, storage: Storage, directory: str, offset: int, nbytes: int) -> None:
+        path = self.written(storage, f"{directory}/f", b"0123456789")
+        file = storage.open(path)
+        with pytest.raises(OutOfRangeError, match=path):
+            file.read_into(offset, [memoryview(bytearray(nbytes))])
+        file.close()
+
+    def test_an_existing_file_is_not_touched(self, storage: Storage, directory: str) -> None:
+        path = self.written(storage, f"{directory}/f", b"old")
+        with pytest.raises(Error, match=path):
+            storage.create(path, 3, direct=self.direct)
+        assert self.read(storage, path) == b"old"
+
+    def test_a_file_in_a_missing_directory(self, storage: Storage, directory: str) -> None:
+        with pytest.raises(NotFoundError, match="missing"):
+            storage.create(f"{directory}/missing/f", 3, direct=self.direct)
+
+    @pytest.mark.parametrize("moment", ["new", "written", "synced", "closed", "gone"])
+    def test_abort(self, storage: Storage, directory: str, moment: str) -> None:
+        path = f"{directory}/f"
+        file = storage.create(path, 4096, direct=self.direct)
+        if moment != "new":
+            file.write_at(0, [aligned(b"x" * 4096)])
+        if moment in ("synced", "closed", "gone"):
+            file.sync()
+        if moment in ("closed", "gone"):
+            file.close()
+        if moment == "gone":
+            storage.remove(path)
+        file.abort()
+        assert not storage.exists(path)
+        self.written(storage, path, b"another")
+        file.abort()  # has nothing to do with the other file
+        file.close()
+        assert self.read(storage, path) == b"another"
+
+    def test_opening_what_is_not_there(self, storage: Storage, directory: str) -> None:
+        with pytest.raises(NotFoundError, match=f"{directory}/f"):
+            storage.open(f"{directory}/f")
+        with pytest.raises(NotFoundError):
+            storage.modified_time(f"{directory}/f")
+
+    def test_opening_a_directory(self, storage: Storage, directory: str) -> None:
+        storage.make_directory(f"{directory}/d")
+        self.written(storage, f"{directory}/d/f", b"1")
+        with pytest.raises((InvalidArgumentError, NotFoundError), match=f"{directory}/d"):
+            storage.open(f"{directory}/d")
+
+    def test_existence(self, storage: Storage, directory: str) -> None:
+        storage.make_directory(f"{directory}/d")
+        self.written(storage, f"{directory}/d/f", b"1")
+        assert storage.exists(f"{directory}/d/f")
+        assert not storage.exists(f"{directory}/d/g")
+        assert not storage.exists(f"{directory}/d")
+        assert storage.is_directory(f"{directory}/d")
+        assert not storage.is_directory(f"{directory}/d/f")
+
+    def test_list(self, storage: Storage, directory: str) -> None:
+        assert storage.list(directory) == []
+        for name in ("b", "a.x", ".h", "\N{LATIN SMALL LETTER E WITH ACUTE}"):
+            self.written(storage, f"{directory}/{name}", b"1")
+        assert storage.list(directory) == sorted(["b", "a.x", ".h", "\N{LATIN SMALL LETTER E WITH ACUTE}"])
+        assert storage.list(f"{directory}/missing") == []
+        assert storage.list(f"{directory}/b") == []
+
+    def test_make_directory_twice(self, storage: Storage, directory: str) -> None:
+        storage.make_directory(f"{directory}/d")
+        self.written(storage, f"{directory}/d/f", b"1")
+        storage.make_directory(f"{directory}/d")
+        assert storage.list(f"{directory}/d") == ["f"]
+
+    @pytest.mark.parametrize("exists", [False, True])
+    def test_replace(self, storage: Storage, directory: str, exists: bool) -> None:
+        source = self.written(storage, f"{directory}/s", b"new")
+        if exists:
+            self.written(storage, f"{directory}/t", b"old and longer")
+        storage.replace(source, f"{directory}/t")
+        assert self.read(storage, f"{directory}/t") == b"new"
+        assert storage.list(directory) == ["t"]
+
+    def test_replace_by_nothing(self, storage: Storage, directory: str) -> None:
+        self.written(storage, f"{directory}/t", b"old")
+        with pytest.raises(NotFoundError, match=f"{directory}/s"):
+            storage.replace(f"{directory}/s", f"{directory}/t")
+        assert self.read(storage, f"{directory}/t") == b"old"
+
+    def test_remove(self, storage: Storage, directory: str) -> None:
+        path = self.written(storage, f"{directory}/f", b"1")
+        storage.remove(path)
+        storage.remove(path)
+        assert storage.list(directory) == []
+
+    def test_a_file_that_is_open_is_read_to_the_end(self, storage: Storage, directory: str) -> None:
+        """A reader must not fall over a checkpoint that retention takes away."""
+        path = self.written(storage, f"{directory}/f", b"content")
+        file = storage.open(path)
+        storage.remove(path)
+        found = bytearray(7)
+        file.read_into(0, [memoryview(found)])
+        file.close()
+        assert found == b"content"
+
+    def test_modified_time(self, storage: Storage, directory: str) -> None:
+        path = self.written(storage, f"{directory}/f", b"1")
+        other = self.written(storage, f"{directory}/g", b"1")
+        assert 0 < storage.modified_time(path) <= storage.modified_time(other)
+
+    def test_sync_directory(self, storage: Storage, directory: str) -> None:
+        self.written(storage, f"{directory}/f", b"1")
+        storage.sync_directory(directory)
+
+    def test_whole_files(self, storage: Storage, directory: str) -> None:
+        path, temporary = f"{directory}/f", f"{directory}/tmp"
+        for content in (b"", b"first", b"2"):
+            write_bytes(storage, path, temporary, content)
+            assert read_bytes(storage, path) == content
+        assert storage.list(directory) == ["f"]
+        with pytest.raises(InvalidArgumentError, match="1 bytes, expected at most 0"):
+            read_bytes(storage, path, limit=0)
+        assert read_bytes(storage, path, limit=1) == b"2"
+
+
+class TestBuffered(StorageContract):
+    @pytest.fixture
+    def storage(self) -> Storage:
+        return LocalStorage()
+
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> str:
+        return os.fspath(tmp_path)
+
+
+class TestDirect(TestBuffered):
+    """Where the file system of the temporary folder has O_DIRECT; elsewhere the page cache must serve as well."""
+
+    direct = True
