@@ -45,7 +45,7 @@ def check_nvcc() -> list[str]:
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     failures.append(f"nvcc, {architecture}, {kernel.name}:\n{result.stdout}{result.stderr}")
-    print(f"kernels: {len(KERNELS)} files compiled with {nvcc} for {' and '.join(ARCHITECTURES)}")
+    report(nvcc, len(failures))
     return failures
 
 
@@ -60,16 +60,22 @@ def check_nvrtc() -> list[str]:
     libraries = find_nvrtc()
     if not libraries:
         print("kernels: not compiled with NVRTC, which is not installed (pip install nvidia-cuda-nvrtc-cu12)")
-    failures = []
+    failures: list[str] = []
     for library in libraries:
-        nvrtc = Nvrtc(library)
+        nvrtc, before = Nvrtc(library), len(failures)
         for kernel in KERNELS:
             for architecture in ARCHITECTURES:
                 log = nvrtc.compile(kernel, (*COMPILE_OPTIONS, *CUPYS_OPTIONS, f"-arch={architecture}"))
                 if log is not None:
                     failures.append(f"NVRTC {nvrtc.version}, {architecture}, {kernel.name}:\n{log}")
-        print(f"kernels: {len(KERNELS)} files compiled with NVRTC {nvrtc.version} for {' and '.join(ARCHITECTURES)}")
+        report(f"NVRTC {nvrtc.version}", len(failures) - before)
     return failures
+
+
+def report(compiler: str, failed: int) -> None:
+    total = len(KERNELS) * len(ARCHITECTURES)
+    architectures = " and ".join(ARCHITECTURES)
+    print(f"kernels: {total - failed} of {total} compiled with {compiler} ({len(KERNELS)} files for {architectures})")
 
 
 class Nvrtc:

@@ -22,9 +22,8 @@
 typedef unsigned char Byte;
 typedef unsigned long long Address;
 
-constexpr unsigned THREADS = 256;
-constexpr unsigned VECTORS = 8;                            // a thread, and in flight before the first store
-constexpr unsigned TILE_NBYTES = THREADS * VECTORS * 16;  // cuda_kernels.py cuts to this
+constexpr unsigned THREADS = 256;  // a block
+constexpr unsigned VECTORS = 8;    // a thread, all loaded before the first is stored
 constexpr unsigned DIMS = 8;
 constexpr unsigned UNITS = 4;  // a thread
 constexpr unsigned TILE_UNITS = THREADS * UNITS;
@@ -32,18 +31,19 @@ constexpr unsigned TILE_UNITS = THREADS * UNITS;
 struct Tile {
     Address array;
     unsigned long long offset;  // in the image
-    unsigned long long nbytes;  // at most TILE_NBYTES
+    unsigned long long nbytes;  // at most 16 * VECTORS * THREADS
 };
 
 // The 16 bytes that begin `shift` bits into the first of the given words.
 __device__ inline uint4 shifted(const unsigned* words, unsigned shift)
 {
-    unsigned last = shift ? words[4] : 0;  // without a shift it may be another allocation's
+    unsigned first = __ldg(words), second = __ldg(words + 1), third = __ldg(words + 2), fourth = __ldg(words + 3);
+    unsigned fifth = shift ? __ldg(words + 4) : 0;  // without a shift it may be another allocation's
     return uint4{
-        __funnelshift_r(words[0], words[1], shift),
-        __funnelshift_r(words[1], words[2], shift),
-        __funnelshift_r(words[2], words[3], shift),
-        __funnelshift_r(words[3], last, shift),
+        __funnelshift_r(first, second, shift),
+        __funnelshift_r(second, third, shift),
+        __funnelshift_r(third, fourth, shift),
+        __funnelshift_r(fourth, fifth, shift),
     };
 }
 
@@ -69,7 +69,7 @@ __device__ inline void copy(Byte* __restrict__ target, const Byte* __restrict__ 
 #pragma unroll
         for (unsigned turn = 0; turn < VECTORS; ++turn)
             if (unsigned vector = turn * THREADS + thread; vector < vectors)
-                held[turn] = alike[vector];
+                held[turn] = __ldg(alike + vector);
     } else {
 #pragma unroll
         for (unsigned turn = 0; turn < VECTORS; ++turn)
@@ -94,26 +94,109 @@ extern "C" __global__ void __launch_bounds__(THREADS) scatter(const Tile* tiles,
     copy(reinterpret_cast<Byte*>(tile.array), image + tile.offset, static_cast<unsigned>(tile.nbytes));
 }
 
-// How many units of the array lie before, in each dimension, the one that is `local` units after `start`.
-// Requires: local < TILE_UNITS.
-__device__ inline long long offset_of(
-    const long long* start, unsigned local, const long long (&sizes)[DIMS], const long long (&strides)[DIMS])
+struct Dimension {
+    long long size;
+    long long stride;  // in bytes
+    long long place;   // the index of the block's first unit
+};
+
+// Fills in where the unit with this number is, by a thread for each dimension.
+__device__ inline void locate(
+    Dimension* dimensions, unsigned long long number, const long long (&sizes)[DIMS], const long long (&strides)[DIMS])
 {
-    long long offset = 0;
-    long long carry = local;
+    unsigned own = threadIdx.x;
+    unsigned long long inner = 1;
+    Dimension mine = {1, 0, 0};
 #pragma unroll
     for (unsigned dim = 0; dim < DIMS; ++dim) {
-        long long place = start[dim] + carry;
-        if (place < sizes[dim]) {
-            carry = 0;
-        } else if (sizes[dim] > TILE_UNITS) {
-            place -= sizes[dim];
-            carry = 1;
-        } else {  // both are small, and dividing 64 bits takes four times as long
-            carry = static_cast<unsigned>(place) / static_cast<unsigned>(sizes[dim]);
-            place -= carry * sizes[dim];
-        }
-        offset += place * strides[dim];
+        if (dim < own)
+            inner *= sizes[dim];
+        if (dim == own)
+            mine = {sizes[dim], strides[dim], 0};
     }
-    return offset;
+    if (own < DIMS) {
+        mine.place = number / inner % mine.size;
+        dimensions[own] = mine;
+    }
+    __syncthreads();
+}
+
+// Moves the units of one block, the first `count` of them; `flat` is where the first one goes or comes from.
+template <bool TO_ARRAY, class Unit>
+__device__ inline void move(Byte* array, Unit* flat, long long count, const Dimension* dimensions, unsigned dims)
+{
+    long long carry[UNITS];
+    long long offset[UNITS];
+#pragma unroll
+    for (unsigned turn = 0; turn < UNITS; ++turn) {
+        carry[turn] = turn * THREADS + threadIdx.x;
+        offset[turn] = 0;
+    }
+    for (unsigned dim = 0; dim < dims; ++dim) {
+        Dimension at = dimensions[dim];
+#pragma unroll
+        for (unsigned turn = 0; turn < UNITS; ++turn) {
+            long long index = at.place + carry[turn];
+            if (index < at.size) {
+                carry[turn] = 0;
+            } else if (at.size > TILE_UNITS) {
+                carry[turn] = 1;
+                index -= at.size;
+            } else {  // both below 2^32, and 64 bits take four times as long to divide
+                carry[turn] = static_cast<unsigned>(index) / static_cast<unsigned>(at.size);
+                index -= carry[turn] * at.size;
+            }
+            offset[turn] += index * at.stride;
+        }
+    }
+    Unit held[UNITS];
+#pragma unroll
+    for (unsigned turn = 0; turn < UNITS; ++turn)
+        if (unsigned unit = turn * THREADS + threadIdx.x; unit < count)
+            held[turn] = TO_ARRAY ? flat[unit] : *reinterpret_cast<Unit*>(array + offset[turn]);
+#pragma unroll
+    for (unsigned turn = 0; turn < UNITS; ++turn)
+        if (unsigned unit = turn * THREADS + threadIdx.x; unit < count)
+            (TO_ARRAY ? *reinterpret_cast<Unit*>(array + offset[turn]) : flat[unit]) = held[turn];
+}
+
+// Units [first, first + count) of the array's row-major form, the first of which is at `flat`; sizes and strides are
+// those of the units. Requires: what is not among the first `dims` sizes is 1.
+template <bool TO_ARRAY>
+__device__ inline void move_units(
+    Byte* array, Byte* flat, long long first, long long count, unsigned unit_nbytes, unsigned dims,
+    const long long (&sizes)[DIMS], const long long (&strides)[DIMS])
+{
+    __shared__ Dimension dimensions[DIMS];
+    long long done = static_cast<long long>(blockIdx.x) * TILE_UNITS;
+    locate(dimensions, first + done, sizes, strides);
+    flat += done * unit_nbytes;
+    count -= done;
+    switch (unit_nbytes) {
+    case 1: return move<TO_ARRAY>(array, reinterpret_cast<unsigned char*>(flat), count, dimensions, dims);
+    case 2: return move<TO_ARRAY>(array, reinterpret_cast<unsigned short*>(flat), count, dimensions, dims);
+    case 4: return move<TO_ARRAY>(array, reinterpret_cast<unsigned*>(flat), count, dimensions, dims);
+    case 8: return move<TO_ARRAY>(array, reinterpret_cast<uint2*>(flat), count, dimensions, dims);
+    default: return move<TO_ARRAY>(array, reinterpret_cast<uint4*>(flat), count, dimensions, dims);
+    }
+}
+
+#define DIMENSIONS                                                                                                   \
+    long long n0, long long n1, long long n2, long long n3, long long n4, long long n5, long long n6, long long n7,  \
+    long long s0, long long s1, long long s2, long long s3, long long s4, long long s5, long long s6, long long s7
+
+extern "C" __global__ void __launch_bounds__(THREADS) gather_strided(
+    Byte* array, Byte* flat, long long first, long long count, unsigned unit_nbytes, unsigned dims, DIMENSIONS)
+{
+    long long sizes[] = {n0, n1, n2, n3, n4, n5, n6, n7};
+    long long strides[] = {s0, s1, s2, s3, s4, s5, s6, s7};
+    move_units<false>(array, flat, first, count, unit_nbytes, dims, sizes, strides);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) scatter_strided(
+    Byte* array, Byte* flat, long long first, long long count, unsigned unit_nbytes, unsigned dims, DIMENSIONS)
+{
+    long long sizes[] = {n0, n1, n2, n3, n4, n5, n6, n7};
+    long long strides[] = {s0, s1, s2, s3, s4, s5, s6, s7};
+    move_units<true>(array, flat, first, count, unit_nbytes, dims, sizes, strides);
 }
