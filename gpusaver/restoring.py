@@ -120,10 +120,11 @@ def _plan_all(
 def _add_plain(leaves: Sequence[Leaf], reader: CheckpointReader, read: TensorRead) -> tuple[list[str], list[Leaf]]:
     """Adds the frequent and simple, NumPy arrays stored as they are; returns their names, and all other leaves.
 
-    Only where every array owns its memory, so that none overlaps another.
+    Only where every array owns its memory, so that none overlaps another; with arrays of other libraries none of it
+    is known.
     """
-    arrays = [leaf.value for leaf in leaves if isinstance(leaf.value, np.ndarray)]
-    if any(array.base is not None for array in arrays) or len({*map(id, arrays)}) < len(arrays):
+    arrays = [leaf.value for leaf in leaves if type(leaf.value) is np.ndarray]
+    if not all(leaf.has_own_memory for leaf in leaves) or len({*map(id, arrays)}) < len(arrays):
         return [], list(leaves)
     names, others = [], []
     for leaf in leaves:

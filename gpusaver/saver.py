@@ -326,14 +326,14 @@ class Saver:
         try:
             layout = save.plan.layout
             commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
-            is_direct = any(file.alignment > 1 for file in commit.files)
+            threads = _DIRECT_THREADS if any(file.alignment > 1 for file in commit.files) else _BUFFERED_THREADS
             checksums = write_chunks(
                 layout,
                 save.sources,
                 commit.files,
                 self._slots,
                 self._ring_for(save),
-                _DIRECT_THREADS if is_direct else _BUFFERED_THREADS,
+                1 if self._storage.ordered else threads,
                 on_recorded=pending.mark_recorded,
                 on_staged=pending.mark_captured,
                 cancelled=pending.cancel_requested,

@@ -239,6 +239,14 @@ class Leaf(NamedTuple):
     def device(self) -> str | None:
         return self.holder.device if isinstance(self.holder, Variable) else None
 
+    @property
+    def has_own_memory(self) -> bool:
+        """True for arrays that share memory with no other leaf of which this is true, but for the same object."""
+        value = self.value
+        if type(value) is np.ndarray:
+            return value.base is None
+        return isinstance(value, bool | int | float | complex | str | bytes | np.generic)
+
     def replace(self, value: Any) -> None:
         if isinstance(self.holder, Variable):
             self.holder._value = value

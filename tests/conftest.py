@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ settings.load_profile("everyday")
 
 # How long a thread that was told to end may take to do so.
 ENDING_SECONDS = 10.0
+
+
+def pytest_configure() -> None:
+    """A shell ignores SIGINT in what it runs in the background, and so would all tests of Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def lasting_threads() -> set[threading.Thread]:

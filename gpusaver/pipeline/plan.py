@@ -104,7 +104,7 @@ def plan_save(leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None) -> 
     strings: dict[int, int] = {}
     numbers: dict[Any, int] = {}
     rows: list[_Row] = []
-    own_memory = all(map(_has_own_memory, leaves))
+    own_memory = all(leaf.has_own_memory for leaf in leaves)
     cached_rows = cached.rows if cached is not None and own_memory and len(cached.rows) == len(leaves) else None
     for leaf in leaves:
         value = leaf.value
@@ -157,13 +157,6 @@ def _admit(
         part.full_shape if part is not None else None,
         array.dtype if own_memory and leaf.key is not None and array is leaf.value else None,
     )
-
-
-def _has_own_memory(leaf: Leaf) -> bool:
-    value = leaf.value
-    if type(value) is np.ndarray:
-        return value.base is None
-    return isinstance(value, bool | int | float | complex | str | bytes | np.generic)
 
 
 def _identity(admitted: Admitted, own_memory: bool) -> Any:

@@ -73,8 +73,8 @@ def work_off(
 
     No more threads take part than there are jobs.  Returns when all jobs are done.  The first error, an interruption
     of the calling thread (Ctrl-C) included, stops the others at their next job and is raised when all threads have
-    ended; CancelledError if ``cancelled`` was set before the last job was taken.  ``on_error`` is called at once, to wake
-    whoever makes the jobs.
+    ended; CancelledError if ``cancelled`` was set before the last job was taken.  ``on_error`` is called at once, to
+    wake whoever makes the jobs.
     """
     jobs = iter(jobs)
     first = list(itertools.islice(jobs, threads))

@@ -206,12 +206,17 @@ def view_and_owner() -> tuple[Any, Any]:
     return array, array[:]
 
 
+def owner_and_foreign() -> tuple[Any, Any]:
+    array = np.arange(10.0)
+    return memoryview(array), array
+
+
 def foreign_twins() -> tuple[Any, Any]:
     memory = bytearray(range(10))
     return memory, np.frombuffer(memory, np.uint8)
 
 
-@pytest.mark.parametrize("make", [numpy_twins, equal_views, view_and_owner, foreign_twins])
+@pytest.mark.parametrize("make", [numpy_twins, equal_views, view_and_owner, owner_and_foreign, foreign_twins])
 def test_tied_arrays_are_stored_once_and_restored(tmp_path: Path, make: Any) -> None:
     first, second = make()
     state = {"a": first, "b": np.arange(3), "c": second}
@@ -238,15 +243,23 @@ def test_one_memory_seen_as_two_types_is_not_tied(tmp_path: Path) -> None:
     assert len(set(offsets(prefix).values())) == 3
 
 
-def test_tied_arrays_want_equal_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seen_as", [lambda array: array, lambda array: array[:], memoryview])
+def test_tied_arrays_want_equal_values(tmp_path: Path, seen_as: Any) -> None:
     same = save(tmp_path, {"a": np.arange(3.0), "b": np.arange(3.0)})
     array = np.zeros(3)
-    restore(same, {"a": array, "b": array})
+    restore(same, {"a": array, "b": seen_as(array)})
     np.testing.assert_array_equal(array, np.arange(3))
     different = save(tmp_path, {"a": np.arange(3.0), "b": np.ones(3)})
     with pytest.raises(InvalidArgumentError, match=r"a and b are one array.*different values"):
-        restore(different, {"a": array, "b": array})
+        restore(different, {"a": array, "b": seen_as(array)})
     np.testing.assert_array_equal(array, np.arange(3))
+
+
+def test_an_array_that_overlaps_one_of_another_library(tmp_path: Path) -> None:
+    array = np.arange(3.0)
+    state = {"a": array, "b": memoryview(array)[1:]}
+    with pytest.raises(InvalidArgumentError, match=r"a and b overlap"):
+        restore(save(tmp_path, state), state)
 
 
 def test_read_only_arrays_are_replaced(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def test_the_copy_is_made_in_the_same_memory_again(saver: Any, tmp_path: Path, m
     memories: list[Any] = []
     snapshot = HostRuntime.snapshot
 
-    def note(self: HostRuntime, arrays: Any, memory: Any) -> Any:
-        copies, used = snapshot(self, arrays, memory)
+    def note(self: HostRuntime, arrays: Any, places: Any, memory: Any) -> Any:
+        copies, used = snapshot(self, arrays, places, memory)
         memories.append(used)
         return copies, used
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import gpusaver
@@ -111,6 +111,8 @@ LEAVES = {
     "str": ("caf\u00e9 \udcff\0", ""),
     "bytes": (b"\xff\0", b""),
     "NumPy float": (np.float32(2.5), np.float32(0)),
+    "NumPy double": (np.float64(2.5), np.float64(0)),
+    "NumPy complex": (np.complex128(2j), np.complex128(0)),
     "NumPy bool": (np.bool_(True), np.bool_(False)),
     "NumPy int": (np.uint8(255), np.uint8(0)),
     "NumPy str": (np.array(["a", "bc"]), np.array(["", "z"])),
@@ -287,7 +289,6 @@ def blank(tree: Any) -> Any:
     return np.zeros_like(tree) if isinstance(tree, np.ndarray) else type(tree)()
 
 
-@settings(max_examples=40)
 @given(trees)
 def test_any_tree_comes_back(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> None:
     prefix = tmp_path_factory.mktemp("tree") / "k"
