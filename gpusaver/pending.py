@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import enum
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,3 +192,15 @@ class PendingSave:
             raise FailedPreconditionError(
                 f"the save of {self.prefix} was started before a fork; only the parent process can wait for it"
             )
+
+
+@contextlib.contextmanager
+def ended_if_interrupted(pending: PendingSave) -> Iterator[None]:
+    """Ctrl-C and the like end the save as well: the caller may change or free the variables next."""
+    try:
+        yield
+    except BaseException:
+        if not pending.done():
+            pending.cancel()
+            pending.wait()
+        raise

@@ -78,13 +78,13 @@ def restore_leaves(
     """See :meth:`gpusaver.Saver.restore`."""
     with _collector_paused():
         report, read, matches = _plan_all(leaves, reader, partial=partial, reshape=reshape)
-        runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
-        for runtime in runtimes.values():
-            runtime.order_after_caller([m.admitted.array for m in matches if m.admitted.runtime is runtime])
-        read.run(slots, threads, verify_first=verify_first)
-        for runtime in runtimes.values():
-            runtime.order_caller_after()
-        return report
+    runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
+    for runtime in runtimes.values():
+        runtime.order_after_caller([m.admitted.array for m in matches if m.admitted.runtime is runtime])
+    read.run(slots, threads, verify_first=verify_first)
+    for runtime in runtimes.values():
+        runtime.order_caller_after()
+    return report
 
 
 @contextlib.contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gpusaver.arguments import (
@@ -29,13 +28,13 @@ from gpusaver.errors import (
     NotFoundError,
     ResourceExhaustedError,
 )
-from gpusaver.pending import PendingSave
+from gpusaver.pending import PendingSave, ended_if_interrupted
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import BundleCommit
 from gpusaver.pipeline.plan import Plan, Save, plan_save
 from gpusaver.pipeline.save import Source, write_chunks
 from gpusaver.pipeline.staging import Ring
-from gpusaver.pipeline.workers import Slots
+from gpusaver.pipeline.workers import Slots, run_in_background
 from gpusaver.reader import READ_THREADS, CheckpointReader
 from gpusaver.restoring import RestoreReport, restore_leaves
 from gpusaver.retention import Retention
@@ -183,7 +182,7 @@ class Saver:
         request = _Request(meta_graph_suffix, write_state, "blocking", "wait", is_awaited=True)
         pending = self._start(save_path, global_step, latest_filename, request)
         assert pending is not None
-        with _ended_if_interrupted(pending):
+        with ended_if_interrupted(pending):
             return pending.result()
 
     @without_session
@@ -212,7 +211,7 @@ class Saver:
         request = _Request(meta_graph_suffix, write_state, capture, when_busy, is_awaited=False)
         pending = self._start(save_path, global_step, latest_filename, request)
         if pending is not None and pending.capture == "blocking":
-            with _ended_if_interrupted(pending):
+            with ended_if_interrupted(pending):
                 pending.wait_captured()
         return pending
 
@@ -259,8 +258,8 @@ class Saver:
         if mode == "snapshot" and save.runtimes() == [HOST]:
             pending.mark_captured()
         self._pending = pending
-        with _ended_if_interrupted(pending):
-            _run_in_thread(lambda: self._run(save, pending, finish))
+        with ended_if_interrupted(pending):
+            run_in_background(lambda: self._run(save, pending, finish))
         return pending
 
     @staticmethod
@@ -494,26 +493,6 @@ class Saver:
     def _check_open(self) -> None:
         if self._closed:
             raise FailedPreconditionError("this Saver is closed")
-
-
-@contextlib.contextmanager
-def _ended_if_interrupted(pending: PendingSave) -> Iterator[None]:
-    """Ctrl-C and the like end the save as well: the caller may change or free the variables next."""
-    try:
-        yield
-    except BaseException:
-        if not pending.done():
-            pending.cancel()
-            pending.wait()
-        raise
-
-
-def _run_in_thread(run: Callable[[], None]) -> None:
-    thread = threading.Thread(target=run, name="gpusaver-save")
-    try:
-        thread.start()
-    except RuntimeError:  # the interpreter is shutting down: no thread can be started any more
-        run()
 
 
 def save(prefix: PathLike, tensors: Any) -> str:

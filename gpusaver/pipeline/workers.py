@@ -120,6 +120,15 @@ def work_off(
         raise errors[0]
 
 
+def run_in_background(run: Callable[[], None]) -> None:
+    """Runs it in a thread; at once, in this one, where none can be started."""
+    thread = threading.Thread(target=run, name="gpusaver-save")
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is shutting down: no thread can be started any more
+        run()
+
+
 def _share(
     jobs: Iterator[Job], lock: threading.Lock, errors: list[BaseException], cancelled: threading.Event | None
 ) -> Iterator[Job]:
