@@ -21,13 +21,15 @@ from gpusaver.storage.base import ReadableFile
 
 #: Reading through a gap of this size costs less than a second read.
 _MAX_GAP = 64 * 1024
+#: Where the bytes of gaps go; nobody looks at them, so threads may share it.
+_SINK = memoryview(bytearray(_MAX_GAP))
 
 
 class Read(NamedTuple):
     """All bytes of one entry, into an array of as many bytes.
 
-    ``name`` is for messages and for ``DataLossError.modified`` (None: nobody's own memory is written).  Entries of
-    strings have their own checksum, verified where they are decoded: ``checked=False``.
+    ``name`` is for messages and, ``in_place`` (the array is the user's own memory), for ``DataLossError.modified``.
+    Entries of strings have their own checksum, verified where they are decoded: ``checked=False``.
     """
 
     entry: Entry
@@ -64,7 +66,7 @@ def read_entries(
         if keep:
             # Before reading: what fails half-way has overwritten something, and so have the neighbours of the damaged.
             verifier.touched([piece[0] for piece in chunk.pieces])
-        files[chunk.shard].read_into(chunk.offset, vectored_buffers(chunk, views, staged, _filler()))
+        files[chunk.shard].read_into(chunk.offset, vectored_buffers(chunk, views, staged, _SINK))
         if staged is None:
             verifier.check(chunk.pieces, views)
             return
@@ -104,14 +106,6 @@ def _splits_elements(chunk: Chunk, reads: Sequence[Read]) -> bool:
         border % (reads[piece.tensor].entry.spec.dtype.itemsize or 1)
         for piece, border in ((first, first.start), (last, last.start + last.nbytes))
     )
-
-
-def _filler() -> memoryview:
-    """Where the bytes of gaps go; nobody looks at them, so threads may share it."""
-    return _SINK
-
-
-_SINK = memoryview(bytearray(_MAX_GAP))
 
 
 def _columns(reads: Sequence[Read], owners: dict[int, int]) -> tuple[Any, Any, Any, Any]:

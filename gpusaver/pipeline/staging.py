@@ -66,13 +66,6 @@ class Ring:
         with self._changed:
             self._changed.notify_all()
 
-    def fill(self) -> None:
-        """Makes all buffers now, ahead of the first save."""
-        with self._changed:
-            while len(self._buffers) < self.count:
-                self._buffers.append(self._allocate(self.nbytes))
-                self._free.append(self._buffers[-1])
-
     def close(self) -> None:
         """Frees the memory.  Requires: no buffer is in use."""
         with self._changed:
