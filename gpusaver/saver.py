@@ -20,37 +20,21 @@ from gpusaver.arguments import (
 )
 from gpusaver.checkpoint_state import PathLike, checkpoint_times, remove_checkpoint, update_checkpoint_state
 from gpusaver.device import HOST
-from gpusaver.errors import (
-    CancelledError,
-    Error,
-    FailedPreconditionError,
-    InvalidArgumentError,
-    NotFoundError,
-    ResourceExhaustedError,
-)
+from gpusaver.errors import CancelledError, Error, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from gpusaver.pending import PendingSave, ended_if_interrupted
-from gpusaver.pipeline.chunk import CHUNK_NBYTES
-from gpusaver.pipeline.commit import BundleCommit
 from gpusaver.pipeline.plan import Plan, Save, plan_save
-from gpusaver.pipeline.save import Source, write_chunks
-from gpusaver.pipeline.staging import Ring
-from gpusaver.pipeline.workers import Slots, run_in_background
+from gpusaver.pipeline.workers import run_in_background
 from gpusaver.reader import READ_THREADS, CheckpointReader
 from gpusaver.restoring import RestoreReport, restore_leaves
 from gpusaver.retention import Retention
+from gpusaver.saving import Capture, Saving
 from gpusaver.storage.base import Storage
 from gpusaver.storage.local import LocalStorage
 from gpusaver.variables import Leaf, check_variables_once, current_variables, flatten
 
 _log = logging.getLogger("gpusaver")
 
-Capture = Literal["auto", "snapshot", "deferred", "blocking"]
 WhenBusy = Literal["wait", "skip", "raise"]
-
-#: Around the page cache more writes must be under way at once than through it, where two cores copy.
-_DIRECT_THREADS = 4
-_BUFFERED_THREADS = 2
-_RING_SLOTS = 4
 
 
 class _Request(NamedTuple):
@@ -120,15 +104,10 @@ class Saver:
         self._pad_step_number = pad_step_number
         self._save_relative_paths = save_relative_paths
         self._read_threads = 1 if restore_sequentially else READ_THREADS
-        self._direct_io = direct_io
         self._storage = storage or LocalStorage()
         self._clock = clock
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
-        self._slots = Slots(CHUNK_NBYTES)
-        self._staging_bytes = staging_bytes
-        self._ring: Ring | None = None
-        self._snapshots: dict[str, Any] = {}
-        self._has_blocked = False
+        self._saving = Saving(self._storage, direct_io, staging_bytes)
         self._plan: Plan | None = None
         self._pending: PendingSave | None = None
         self._closed = False
@@ -244,7 +223,7 @@ class Saver:
         save = plan_save(self._leaves(), sharded=self._sharded, cached=self._plan)
         self._plan = save.plan
         make_directory(self._storage, os.path.dirname(prefix), prefix)
-        save, mode, reason = self._capture(save, request.capture)
+        save, mode, reason = self._saving.capture(save, request.capture)
         devices = [runtime for runtime in save.runtimes() if runtime is not HOST]
         pending = PendingSave(
             prefix,
@@ -291,78 +270,22 @@ class Saver:
             )
         return leaves
 
-    def _capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
-        if capture in ("blocking", "deferred"):
-            reason = "asked for"
-            for runtime in save.runtimes():
-                runtime.order_after_caller([s.array for s in save.sources if s.runtime is runtime])
-            return save, capture, reason
-        try:
-            sources: list[Source] = list(save.sources)
-            places = save.plan.layout.places().tolist()
-            for runtime in save.runtimes():
-                numbers = [number for number, source in enumerate(save.sources) if source.runtime is runtime]
-                arrays = [save.sources[number].array for number in numbers]
-                own_places = [places[number] for number in numbers]
-                copies, memory = runtime.snapshot(arrays, own_places, self._snapshots.get(runtime.name))
-                self._snapshots[runtime.name] = memory
-                runtime.order_after_caller(copies)
-                for number, copy in zip(numbers, copies, strict=True):
-                    sources[number] = Source(runtime, copy)
-            return Save(save.plan, sources, save.string_checksums), "snapshot", "memory sufficed"
-        except ResourceExhaustedError as error:
-            self._snapshots.clear()
-            if capture == "snapshot":
-                raise
-            if not self._has_blocked:
-                _log.warning("save_async copies nothing and blocks instead: %s", error)
-            self._has_blocked = True
-            return self._capture(save, "blocking")[0], "blocking", str(error)
-
     def _run(self, save: Save, pending: PendingSave, finish: tuple[str, str] | None) -> None:
         """In the background: write, commit, state file, retention."""
-        commit: BundleCommit | None = None
         try:
-            layout = save.plan.layout
-            commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
-            threads = _DIRECT_THREADS if any(file.alignment > 1 for file in commit.files) else _BUFFERED_THREADS
-            checksums = write_chunks(
-                layout,
-                save.sources,
-                commit.files,
-                self._slots,
-                self._ring_for(save),
-                1 if self._storage.ordered else threads,
-                on_recorded=pending.mark_recorded,
-                on_staged=pending.mark_captured,
-                cancelled=pending.cancel_requested,
-            )
-            checksums.update(save.string_checksums)
-            index = save.plan.index(commit.num_shards, checksums)
-            pending.begin_commit()
-            commit.publish(index)
+            self._saving.write(save, pending)
             if finish is not None:
                 with self._list_lock:
                     self._update_state(pending.prefix, *finish)
         except BaseException as error:  # delivered by PendingSave, whatever it is
             try:
-                if commit is not None:
-                    commit.abort()
                 if not (pending.is_awaited or isinstance(error, CancelledError)):
                     # Its text: a handler that keeps the record must not keep, by the traceback, the arrays.
                     _log.error("the save of %s in the background failed: %s", pending.prefix, str(error))
             finally:
                 pending.fail(error)
             return
-        pending.finish(len(save.plan.items), sum(layout.nbytes.tolist()))
-
-    def _ring_for(self, save: Save) -> Ring | None:
-        """Pinned memory for the copies of device arrays, made at the first save that has any and kept."""
-        devices = [runtime for runtime in save.runtimes() if runtime is not HOST]
-        if self._ring is None and devices:
-            count = max(_RING_SLOTS, -(-self._staging_bytes // CHUNK_NBYTES))
-            self._ring = Ring(CHUNK_NBYTES, count, devices[0].allocate)
-        return self._ring if devices else None
+        pending.finish(len(save.plan.items), sum(save.plan.layout.nbytes.tolist()))
 
     def _update_state(self, prefix: str, meta_graph_suffix: str, state_name: str) -> None:
         retention = copy.copy(self._retention)  # taken over only if the state file could be written
@@ -426,7 +349,7 @@ class Saver:
             return restore_leaves(
                 self._leaves(),
                 reader,
-                self._slots,
+                self._saving.slots,
                 self._read_threads,
                 partial=partial,
                 reshape=self._reshape,
@@ -468,10 +391,7 @@ class Saver:
             try:
                 self._raise_earlier_error()
             finally:
-                self._slots.close()
-                if self._ring is not None:
-                    self._ring.close()
-                self._snapshots.clear()
+                self._saving.close()
                 self._plan = None
 
     def __enter__(self) -> Saver:
