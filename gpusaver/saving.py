@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from gpusaver.device import HOST
@@ -14,20 +15,21 @@ from gpusaver.pipeline.plan import Save
 from gpusaver.pipeline.save import Source, write_chunks
 from gpusaver.pipeline.staging import Ring
 from gpusaver.pipeline.workers import Slots
-from gpusaver.storage.base import Storage
+from gpusaver.storage.base import Storage, WritableFile
 
 _log = logging.getLogger("gpusaver")
 
 Capture = Literal["auto", "snapshot", "deferred", "blocking"]
 
-#: Around the page cache more writes must be under way at once than through it, where two cores copy.
-_DIRECT_THREADS = 4
-_BUFFERED_THREADS = 2
-_RING_SLOTS = 4
+#: Through the page cache both threads copy; where chunks are staged another thread does, and these wait for the disk.
+_THREADS = 2
+_STAGED_THREADS = 3
+#: Of the ring: pinned, and of ordinary pages for host arrays alone, whose copier must stay ahead of the writers.
+_PINNED_SLOTS, _HOST_SLOTS = 4, 6
 
 
 class Saving:
-    """Captures and writes, one save after the other; keeps slots, pinned ring and snapshot memory between them.
+    """Captures and writes, one save after the other; keeps slots, rings and snapshot memory between them.
 
     ``direct_io`` and ``staging_bytes`` are the Saver's.
     """
@@ -37,7 +39,7 @@ class Saving:
         self._storage = storage
         self._direct_io = direct_io
         self._staging_bytes = staging_bytes
-        self._ring: Ring | None = None
+        self._rings: dict[bool, Ring] = {}
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
 
@@ -75,13 +77,14 @@ class Saving:
         layout = save.plan.layout
         commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
         try:
-            threads = _DIRECT_THREADS if any(file.alignment > 1 for file in commit.files) else _BUFFERED_THREADS
+            ring = self._ring_for(save, commit.files)
+            threads = _THREADS if ring is None else _STAGED_THREADS
             checksums = write_chunks(
                 layout,
                 save.sources,
                 commit.files,
                 self.slots,
-                self._ring_for(save),
+                ring,
                 1 if self._storage.ordered else threads,
                 on_recorded=pending.mark_recorded,
                 on_staged=pending.mark_captured,
@@ -98,14 +101,19 @@ class Saving:
     def close(self) -> None:
         """Frees the memory.  Requires: no save is under way."""
         self.slots.close()
-        if self._ring is not None:
-            self._ring.close()
+        for ring in self._rings.values():
+            ring.close()
+        self._rings.clear()
         self._snapshots.clear()
 
-    def _ring_for(self, save: Save) -> Ring | None:
-        """Pinned memory for the copies of device arrays, made at the first save that has any and kept."""
+    def _ring_for(self, save: Save, files: Sequence[WritableFile]) -> Ring | None:
+        """The memory through which chunks are staged, made at the first save that needs it and kept."""
         devices = [runtime for runtime in save.runtimes() if runtime is not HOST]
-        if self._ring is None and devices:
-            count = max(_RING_SLOTS, -(-self._staging_bytes // CHUNK_NBYTES))
-            self._ring = Ring(CHUNK_NBYTES, count, devices[0].allocate)
-        return self._ring if devices else None
+        if not devices and all(file.alignment == 1 for file in files):
+            return None
+        is_pinned = bool(devices)
+        if is_pinned not in self._rings:
+            pinned_count = max(_PINNED_SLOTS, -(-self._staging_bytes // CHUNK_NBYTES))
+            runtime, count = (devices[0], pinned_count) if is_pinned else (HOST, _HOST_SLOTS)
+            self._rings[is_pinned] = Ring(CHUNK_NBYTES, count, runtime.allocate)
+        return self._rings[is_pinned]

@@ -75,9 +75,9 @@ class Layout:
                 end = _round_up(int((places[run] + self.nbytes[run]).max()), PAGE)
         return places
 
-    def chunks(self, chunk_nbytes: int) -> Iterator[Chunk]:
-        """Every byte of every tensor exactly once.  Requires: ``chunk_nbytes`` is a multiple of PAGE."""
-        return chunks(self.shard, self.offset, self.nbytes, self.owner, chunk_nbytes, max_gap=PAGE)
+    def chunks(self, chunk_nbytes: int, owner: int | None = None) -> Iterator[Chunk]:
+        """Every byte of every tensor, or of an owner's, exactly once.  Requires: a multiple of PAGE."""
+        return chunks(self.shard, self.offset, self.nbytes, self.owner, chunk_nbytes, max_gap=PAGE, only=owner)
 
 
 def plan_layout(
@@ -124,9 +124,16 @@ def _round_up(value: int, alignment: int) -> int:
 
 
 def chunks(
-    shard: Column, offset: Column, nbytes: Column, owner: Column, chunk_nbytes: int, *, max_gap: int
+    shard: Column,
+    offset: Column,
+    nbytes: Column,
+    owner: Column,
+    chunk_nbytes: int,
+    *,
+    max_gap: int,
+    only: int | None = None,
 ) -> Iterator[Chunk]:
-    """Windows of at most ``chunk_nbytes`` over the given byte ranges, for writing them or for reading them.
+    """Windows of at most ``chunk_nbytes`` over the given byte ranges (of one owner), for writing or reading them.
 
     A new run of windows starts where the shard or the owner changes, where the next range is more than ``max_gap``
     bytes away (not worth reading through), and where it overlaps the one before.  Windows of a run follow each other
@@ -135,7 +142,7 @@ def chunks(
     Requires: ``max_gap`` is less than ``chunk_nbytes``; a window could hold nothing else.
     """
     order = np.lexsort((nbytes, offset, owner, shard))
-    order = order[nbytes[order] > 0]
+    order = order[(nbytes[order] > 0) & ((owner[order] == only) if only is not None else True)]
     if not len(order):
         return
     shards, owners, starts = shard[order], owner[order], offset[order]

@@ -6,7 +6,7 @@ import contextlib
 import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def read_entries(
             verifier.touched([piece[0] for piece in chunk.pieces])
         files[chunk.shard].read_into(chunk.offset, vectored_buffers(chunk, views, staged, _SINK))
         if staged is None:
-            verifier.check(chunk.pieces, views)
+            verifier.check(chunk.pieces, cast(list[memoryview], views))
             return
         places = [staged[piece.offset : piece.offset + piece.nbytes] for piece in chunk.pieces]
         verifier.check(
@@ -137,14 +137,14 @@ class _Verifier:
         self._expected = unmask(np.fromiter([read.entry.crc for read in reads], np.uint32, len(reads))).tolist()
         self._touched: set[int] = set()
 
-    def check(self, pieces: Sequence[Piece], buffers: Sequence[memoryview | None]) -> None:
+    def check(self, pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> None:
         """``buffers`` hold the bytes of the pieces."""
         nbytes, expected = self._nbytes, self._expected
-        for piece, crc in zip(pieces, map(crc32c, buffers), strict=True):
+        for piece, octets in zip(pieces, buffers, strict=True):
             tensor = piece[0]
             if piece[3] != nbytes[tensor]:
-                self._checksums.add(piece, crc)
-            elif crc != expected[tensor]:
+                self._checksums.add(piece, octets)
+            elif (crc := crc32c(octets)) != expected[tensor]:
                 self._compare(tensor, crc)
 
     def touched(self, tensors: Iterable[int]) -> None:

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from gpusaver.bundle.crc import crc32c
+import numpy as np
+
 from gpusaver.bundle.layout import Chunk, Layout
 from gpusaver.device import HOST, Event, Runtime, Transfer
 from gpusaver.errors import CancelledError
@@ -44,20 +45,30 @@ def write_chunks(
     will be read any more, unless the save fails before.  Returns when all is written, not synced; raises the first
     error, when all threads have ended and no copy is in flight.
 
-    Requires: a ``ring`` if a source is on a device.
+    Requires: a ``ring`` if a source is on a device or a file has an alignment.
     """
 
-    def runtime_of(chunk: Chunk) -> Runtime:
-        return sources[chunk.pieces[0].tensor].runtime
-
-    chunks = list(layout.chunks(CHUNK_NBYTES))
-    on_host = [chunk for chunk in chunks if runtime_of(chunk) is HOST]
-    on_devices = [chunk for chunk in chunks if runtime_of(chunk) is not HOST]
+    chunk_nbytes = ring.nbytes if ring is not None else CHUNK_NBYTES
+    on_host: list[Chunk] = []
+    staged: list[tuple[Runtime, Iterator[Chunk]]] = []
+    for owner, first in zip(*(column.tolist() for column in np.unique(layout.owner, return_index=True)), strict=True):
+        runtime = sources[first].runtime
+        chunks = layout.chunks(chunk_nbytes, owner)
+        if runtime is HOST and all(file.alignment == 1 for file in files):
+            on_host = list(chunks)
+        else:
+            staged.append((runtime, chunks))
     checksums = Checksums(layout.nbytes.tolist())
+
+    def seal(chunk: Chunk, slot: memoryview) -> None:
+        zero_gaps(chunk, slot, _padded(chunk, files[chunk.shard]))
+        for piece in chunk.pieces:
+            checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
+
     staging = None
-    if on_devices:
+    if staged:
         assert ring is not None
-        staging = Staging(on_devices, runtime_of, lambda chunk: _transfers(chunk, sources), ring)
+        staging = Staging(staged, lambda chunk: _transfers(chunk, sources), seal, ring)
     unread = _Countdown(len(on_host) + (staging.copier_count if staging else 0), on_staged)
 
     def write(job: Chunk | Filled, slot: LazySlot) -> None:
@@ -66,7 +77,9 @@ def write_chunks(
             try:
                 if cancelled.is_set():
                     raise CancelledError("the save was cancelled before it was committed")
-                _write_slot(job.chunk, job.slot.view, files[job.chunk.shard], checksums)
+                if not job.is_sealed:
+                    seal(job.chunk, job.slot.view)
+                _write_slot(job.chunk, job.slot.view, files[job.chunk.shard])
             finally:
                 staging.release(job)
         else:
@@ -85,13 +98,12 @@ def write_chunks(
     return checksums.finished()
 
 
-def _write_slot(chunk: Chunk, slot: memoryview, file: WritableFile, checksums: Checksums) -> None:
-    """Writes a staged chunk, padded to the file's alignment."""
-    padded = -(-chunk.nbytes // file.alignment) * file.alignment
-    zero_gaps(chunk, slot, padded)
-    for piece in chunk.pieces:
-        checksums.add(piece, crc32c(slot[piece.offset : piece.offset + piece.nbytes]))
-    file.write_at(chunk.offset, [slot[:padded]])
+def _padded(chunk: Chunk, file: WritableFile) -> int:
+    return -(-chunk.nbytes // file.alignment) * file.alignment
+
+
+def _write_slot(chunk: Chunk, slot: memoryview, file: WritableFile) -> None:
+    file.write_at(chunk.offset, [slot[: _padded(chunk, file)]])
 
 
 def _write_from_host(
@@ -102,15 +114,14 @@ def _write_from_host(
     checksums: Checksums,
     on_read: Callable[[], None],
 ) -> None:
-    """Writes from the arrays themselves where the file takes that, else through the worker's slot."""
-    views = _views(chunk, sources) if file.alignment == 1 else None
-    if views is None:
-        staged = slot.get()
-        HOST.to_slot(_transfers(chunk, sources), staged)
+    """Writes from the arrays themselves; what does not lie there as it is stored goes through the worker's slot."""
+    views = [HOST.view(sources[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces]
+    buffers = _stage_rest(chunk, sources, views, slot, checksums)
+    is_copied = all(view is None for view in views)
+    if is_copied:
         on_read()
-        _write_slot(chunk, staged, file, checksums)
-    else:
-        file.write_at(chunk.offset, _stage_rest(chunk, sources, views, slot, checksums))
+    file.write_at(chunk.offset, buffers)
+    if not is_copied:
         on_read()
 
 
@@ -134,14 +145,6 @@ def _transfers(chunk: Chunk, sources: Sequence[Source]) -> list[Transfer]:
     return [Transfer(sources[tensor].array, start, offset, nbytes) for tensor, start, offset, nbytes in chunk.pieces]
 
 
-def _views(chunk: Chunk, sources: Sequence[Source]) -> list[memoryview | None] | None:
-    """The bytes of each piece in its array, None for those that must be copied; None if the host reaches none."""
-    views: list[memoryview | None] = []
-    for tensor, start, _, nbytes in chunk.pieces:
-        views.append(HOST.view(sources[tensor].array, start, nbytes))
-    return views if any(view is not None for view in views) else None
-
-
 def _stage_rest(
     chunk: Chunk, sources: Sequence[Source], views: list[memoryview | None], slot: LazySlot, checksums: Checksums
 ) -> list[memoryview]:
@@ -152,5 +155,5 @@ def _stage_rest(
             staged = staged if staged is not None else slot.get()
             HOST.to_slot([Transfer(sources[piece.tensor].array, piece.start, piece.offset, piece.nbytes)], staged)
             view = staged[piece.offset : piece.offset + piece.nbytes]
-        checksums.add(piece, crc32c(view))
+        checksums.add(piece, view)
     return vectored_buffers(chunk, views, staged, _ZEROS)

@@ -78,8 +78,7 @@ def test_checksums_of_pieces_in_any_order(content: bytes, data: st.DataObject) -
     pieces = [Piece(1, start, 0, end - start) for start, end in itertools.pairwise(borders)]
     checksums = Checksums([0, len(content), 3])
     for piece in data.draw(st.permutations(pieces)):
-        found = checksums.add(piece, crc32c(content[piece.start : piece.start + piece.nbytes]))
-        assert found == (crc32c(content) if len(pieces) == 1 else None)
+        checksums.add(piece, memoryview(content)[piece.start : piece.start + piece.nbytes])
     assert checksums.finished() == {1: crc32c(content)}
     assert checksums.finished() == {1: crc32c(content)}
 
