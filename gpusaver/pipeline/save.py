@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gpusaver.bundle.crc import crc32c
@@ -12,7 +12,7 @@ from gpusaver.bundle.layout import Chunk, Layout
 from gpusaver.device import HOST, Event, Runtime, Transfer
 from gpusaver.errors import CancelledError
 from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers, zero_gaps
-from gpusaver.pipeline.staging import Filled, Ring, Staging
+from gpusaver.pipeline.staging import Filled, Staging
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import WritableFile
 
@@ -31,7 +31,6 @@ def write_chunks(
     sources: Sequence[Source],
     files: Sequence[WritableFile],
     slots: Slots,
-    ring: Ring | None,
     threads: int,
     *,
     on_recorded: Callable[[Event], None],
@@ -43,8 +42,6 @@ def write_chunks(
     ``on_recorded`` is called for each device with the event that ends its last copy; ``on_staged`` once when no source
     will be read any more, unless the save fails before.  Returns when all is written, not synced; raises the first
     error, when all threads have ended and no copy is in flight.
-
-    Requires: a ``ring`` if a source is on a device.
     """
 
     def runtime_of(chunk: Chunk) -> Runtime:
@@ -56,7 +53,7 @@ def write_chunks(
     checksums = Checksums(layout.nbytes.tolist())
     staging = None
     if on_devices:
-        assert ring is not None
+        ring = slots.ring(runtime_of(on_devices[0]))
         staging = Staging(on_devices, runtime_of, lambda chunk: _transfers(chunk, sources), ring)
     unread = _Countdown(len(on_host) + (staging.copier_count if staging else 0), on_staged)
 
@@ -66,7 +63,7 @@ def write_chunks(
             try:
                 if cancelled.is_set():
                     raise CancelledError("the save was cancelled before it was committed")
-                _write_slot(job.chunk, job.slot.view, files[job.chunk.shard], checksums)
+                _write_slot(job.chunk, job.slot.view, files[job.chunk.shard], checksums, job.checksums)
             finally:
                 staging.release(job)
         else:
@@ -85,12 +82,16 @@ def write_chunks(
     return checksums.finished()
 
 
-def _write_slot(chunk: Chunk, slot: memoryview, file: WritableFile, checksums: Checksums) -> None:
-    """Writes a staged chunk, padded to the file's alignment."""
+def _write_slot(
+    chunk: Chunk, slot: memoryview, file: WritableFile, checksums: Checksums, computed: Iterable[int] | None = None
+) -> None:
+    """Writes a staged chunk, padded to the file's alignment.  ``computed``: the checksums of its pieces, if known."""
     padded = -(-chunk.nbytes // file.alignment) * file.alignment
     zero_gaps(chunk, slot, padded)
-    for piece in chunk.pieces:
-        checksums.add(piece, crc32c(slot[piece.offset : piece.offset + piece.nbytes]))
+    if computed is None:
+        computed = (crc32c(slot[piece.offset : piece.offset + piece.nbytes]) for piece in chunk.pieces)
+    for piece, crc in zip(chunk.pieces, computed, strict=True):
+        checksums.add(piece, crc)
     file.write_at(chunk.offset, [slot[:padded]])
 
 
