@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -97,7 +98,9 @@ class CheckpointReader:
                 values[name] = target.array[()] if is_scalar else target.array
                 if is_scalar:
                     read.after(functools.partial(_deliver_scalar, values, name, target))
-        read.run(Slots(CHUNK_NBYTES), READ_THREADS)
+        runtime.order_after_caller()  # whose memory others may still be using
+        with contextlib.closing(Slots(CHUNK_NBYTES)) as slots:
+            read.run(slots, READ_THREADS)
         return values
 
     def debug_string(self) -> bytes:

@@ -80,10 +80,8 @@ def restore_leaves(
         report, read, matches = _plan_all(leaves, reader, partial=partial, reshape=reshape)
     runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
     for runtime in runtimes.values():
-        runtime.order_after_caller([m.admitted.array for m in matches if m.admitted.runtime is runtime])
+        runtime.order_after_caller()
     read.run(slots, threads, verify_first=verify_first)
-    for runtime in runtimes.values():
-        runtime.order_caller_after()
     return report
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +40,12 @@ def kernels_of(sim: Any, device: int = 0) -> Any:
     return kernels
 
 
+def new_held() -> Any:
+    from gpusaver.device.cuda_memory import Held
+
+    return Held()
+
+
 def cut(rng: np.random.Generator, nbytes: int) -> list[tuple[int, int]]:
     """(start, size) of pieces that make up ``nbytes``, cut anywhere, also within elements."""
     borders = sorted({0, nbytes, *rng.integers(0, nbytes + 1, 3).tolist()})
@@ -72,16 +76,16 @@ def test_every_view_is_gathered_and_scattered(sim, misalignment):
         expected[transfer.offset : transfer.offset + transfer.nbytes] = np.frombuffer(part, np.uint8)
     sim.cupy.cuda.Device().synchronize()
 
-    keep: list[Any] = []
+    held = new_held()
     address = image.data.ptr + misalignment
-    kernels.gather(transfers, address, stream, keep)
+    kernels.gather(transfers, address, stream, held)
     back = [Transfer(targets[index_of(t.array, arrays)], *t[1:]) for t in transfers]
-    kernels.scatter(back, address, stream, keep)
+    kernels.scatter(back, address, stream, held)
     stream.synchronize()
     assert image.get()[misalignment:].tobytes() == expected.tobytes()
     for model, target in zip(models, targets, strict=True):
         assert on_host(target) == stored(model)
-    assert all(any(held is array for held in keep) for array in (*arrays, *targets) if array.size)
+    assert all(any(one is array for one in held._kept) for array in (*arrays, *targets) if array.size)
 
 
 def index_of(array: Any, arrays: list[Any]) -> int:
@@ -100,12 +104,12 @@ def test_more_dimensions_than_the_kernels_take(sim):
     start, nbytes = 1001, model.nbytes // 2
     image = sim.cupy.zeros(nbytes, np.uint8)
     sim.cupy.cuda.Device().synchronize()
-    kernels.gather_strided(array, start, nbytes, image.data.ptr, stream)
+    kernels.gather([Transfer(array, start, 0, nbytes)], image.data.ptr, stream, new_held())
     stream.synchronize()
     assert image.get().tobytes() == stored(model)[start : start + nbytes]
     array.fill(0)
     sim.cupy.cuda.Device().synchronize()
-    kernels.scatter_strided(array, start, nbytes, image.data.ptr, stream)
+    kernels.scatter([Transfer(array, start, 0, nbytes)], image.data.ptr, stream, new_held())
     stream.synchronize()
     expected = np.zeros(model.nbytes, np.uint8)
     expected[start : start + nbytes] = np.frombuffer(stored(model), np.uint8)[start : start + nbytes]
@@ -119,46 +123,47 @@ def test_checksums_are_the_hosts(sim):
     array = on_device(sim, octets)
     sim.cupy.cuda.Device().synchronize()
     ranges = [(0, 0), (1, 1), (5, 3), (17, 4), (100, 6400), (7001, 70_003), (3, 299_997), (64, 0)]
-    keep: list[Any] = []
-    found = kernels.crc32c([(array.data.ptr + start, nbytes) for start, nbytes in ranges], stream, keep)
+    held = new_held()
+    found = kernels.crc32c([(array.data.ptr + start, nbytes) for start, nbytes in ranges], stream, held)
     assert found.dtype == np.uint32
     stream.synchronize()
     assert found.tolist() == [crc32c(octets[start : start + nbytes]) for start, nbytes in ranges]
-    none = kernels.crc32c([], stream, keep)
+    none = kernels.crc32c([], stream, held)
     assert none.tolist() == []
 
 
 @late
-def test_results_outlive_what_was_kept(sim):
+def test_results_outlive_their_table(sim):
     kernels, stream = kernels_of(sim), sim.cupy.cuda.Stream(non_blocking=True)
     array = on_device(sim, np.arange(100, dtype=np.uint8))
     sim.cupy.cuda.Device().synchronize()
-    keep: list[Any] = []
-    first = kernels.crc32c([(array.data.ptr, 100)], stream, keep)
+    first, second = new_held(), new_held()
+    first.results = kernels.crc32c([(array.data.ptr, 100)], stream, first)
     stream.synchronize()
-    keep.clear()
-    second = kernels.crc32c([(array.data.ptr, 99)], stream, keep)
+    first.release()
+    second.results = kernels.crc32c([(array.data.ptr, 99)], stream, second)
     stream.synchronize()
-    assert first.tolist() == [crc32c(bytes(range(100)))]
-    assert second.tolist() == [crc32c(bytes(range(99)))]
+    assert len(sim.host.allocated) == 1  # the same one
+    assert first.results.tolist() == [crc32c(bytes(range(100)))]
+    assert second.results.tolist() == [crc32c(bytes(range(99)))]
 
 
 @every_schedule
-def test_a_table_is_lent_again_only_when_its_launch_was_dropped(sim):
+def test_a_table_is_lent_again_only_when_its_launch_is_over(sim):
     kernels, stream = kernels_of(sim), sim.cupy.cuda.Stream(non_blocking=True)
     array = on_device(sim, np.arange(200, dtype=np.uint8))
     image = sim.cupy.zeros(400, np.uint8)
     sim.cupy.cuda.Device().synchronize()
     for round_ in range(3):
-        keep: list[Any] = []
+        held = new_held()
         for half in (0, 1):
             transfer = Transfer(array, 100 * half, 200 * half + round_, 100)
-            kernels.gather([transfer], image.data.ptr, stream, keep)
+            kernels.gather([transfer], image.data.ptr, stream, held)
         stream.synchronize()
-        keep.clear()
+        held.release()
         assert image.get()[round_ : round_ + 100].tolist() == list(range(100))
         assert image.get()[200 + round_ : 300 + round_].tolist() == list(range(100, 200))
-    assert len(sim.host.allocated) == 2  # those that were there from the start
+    assert len(sim.host.allocated) == 2
 
 
 @late
@@ -167,26 +172,9 @@ def test_more_launches_than_buffers(sim):
     array = on_device(sim, np.arange(50, dtype=np.uint8))
     image = sim.cupy.zeros(50, np.uint8)
     sim.cupy.cuda.Device().synchronize()
-    keep: list[Any] = []
+    held = new_held()
     for start in range(0, 50, 10):
-        kernels.gather([Transfer(array, start, start, 10)], image.data.ptr, stream, keep)
-    stream.synchronize()
-    assert image.get().tolist() == list(range(50))
-
-
-@late
-def test_a_buffer_that_another_thread_takes_first(sim):
-    class Raced(deque[Any]):
-        def popleft(self) -> Any:
-            raise IndexError("pop from an empty deque")
-
-    kernels, stream = kernels_of(sim), sim.cupy.cuda.Stream(non_blocking=True)
-    array = on_device(sim, np.arange(50, dtype=np.uint8))
-    image = sim.cupy.zeros(50, np.uint8)
-    sim.cupy.cuda.Device().synchronize()
-    kernels._free = Raced(kernels._free)
-    keep: list[Any] = []
-    kernels.gather([Transfer(array, 0, 0, 50)], image.data.ptr, stream, keep)
+        kernels.gather([Transfer(array, start, start, 10)], image.data.ptr, stream, held)
     stream.synchronize()
     assert image.get().tolist() == list(range(50))
 
@@ -198,12 +186,12 @@ def test_a_larger_table_gets_a_larger_buffer(sim):
     image = sim.cupy.zeros(12_000, np.uint8)
     sim.cupy.cuda.Device().synchronize()
     for count in (1, 12_000, 11_000):
-        keep: list[Any] = []
-        kernels.gather([Transfer(array, n % 250, n, 1) for n in range(count)], image.data.ptr, stream, keep)
+        held = new_held()
+        kernels.gather([Transfer(array, n % 250, n, 1) for n in range(count)], image.data.ptr, stream, held)
         stream.synchronize()
-        keep.clear()
+        held.release()
     assert image.get().tolist() == [n % 250 for n in range(12_000)]
-    assert sorted(len(pages) for pages in sim.host.allocated.values()) == [1 << 18, 1 << 18, 1 << 19]
+    assert sorted(len(pages) for pages in sim.host.allocated.values()) == [1 << 18, 1 << 19]
 
 
 @late
@@ -216,8 +204,8 @@ def test_launches_leave_device_and_stream_of_the_thread_as_they_were(sim):
     seen: list[Any] = []
 
     def gather() -> None:
-        keep: list[Any] = []
-        kernels.gather([Transfer(array, 0, 0, 10)], image.data.ptr, stream, keep)
+        held = new_held()
+        kernels.gather([Transfer(array, 0, 0, 10)], image.data.ptr, stream, held)
         stream.synchronize()
         seen.append((sim.cupy.cuda.runtime.getDevice(), sim.cupy.cuda.get_current_stream()))
 
@@ -260,17 +248,15 @@ def test_a_device_that_fails_is_not_taken_for_a_missing_compiler(sim):
 
 
 @late
-def test_nothing_is_left_when_the_kernels_are_dropped(sim):
-    import gpusaver.device.cuda_kernels as module
-
+def test_nothing_is_left_when_the_tables_are_trimmed(sim):
     kernels, stream = kernels_of(sim), sim.cupy.cuda.Stream(non_blocking=True)
-    array, keep = sim.cupy.zeros(100, np.uint8), []
-    kernels.crc32c([(array.data.ptr, 100)], stream, keep)
+    array, held = sim.cupy.zeros(100, np.uint8), new_held()
+    kernels.crc32c([(array.data.ptr, 100)], stream, held)
+    kernels.tables.trim()  # leaves what is lent
     stream.synchronize()
-    keep.clear()
-    module.load.cache_clear()
-    del kernels, array
-    gc.collect()
+    held.release()
+    kernels.tables.trim()
+    del array
     sim.cupy.get_default_memory_pool().free_all_blocks()
     sim.assert_quiescent(streams=1)
     assert sim.memory[0].used == 0

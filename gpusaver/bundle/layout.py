@@ -6,7 +6,7 @@
     | run of owner 0                                | run of owner 1 ...
     ^4096                                           ^4096
     | large | pad | large | pad | small small small |
-    ^4096         ^4096         packed, or on 16 where a device writes them
+    ^4096         ^4096         packed
 
     chunks: windows of a run of chunk_nbytes, each a list of pieces (this part of that tensor goes there)
 
@@ -85,13 +85,8 @@ def plan_layout(
     owner: Sequence[int],
     shard: Sequence[int],
     num_shards: int,
-    *,
-    small_alignment: Sequence[int],
 ) -> Layout:
-    """Places tensors given as columns: their stored sizes in bytes, their owners and their shards.
-
-    ``small_alignment[o]`` is the alignment of small tensors of owner ``o`` (1 packs them).
-    """
+    """Places tensors given as columns: their stored sizes in bytes, their owners and their shards."""
     sizes = np.asarray(nbytes, dtype=np.int64)
     owners = np.asarray(owner, dtype=np.int64)
     shards = np.asarray(shard, dtype=np.int64)
@@ -104,7 +99,7 @@ def plan_layout(
             run = np.flatnonzero(in_shard & (owners == run_owner))
             is_large = sizes[run] >= LARGE_NBYTES
             end = _round_up(end, PAGE)
-            for members, alignment in ((run[is_large], PAGE), (run[~is_large], small_alignment[run_owner])):
+            for members, alignment in ((run[is_large], PAGE), (run[~is_large], 1)):
                 end = _place(offsets, sizes, members, end, alignment)
         shard_nbytes.append(end)
     return Layout(shards, offsets, sizes, owners, tuple(shard_nbytes))

@@ -15,8 +15,12 @@ from gpusaver.tensor import TensorSpec
 class Event(Protocol):
     """Something that will have happened: a copy to or from a slot."""
 
+    @property
+    def checksums(self) -> Sequence[int] | None:
+        """Of each transfer's bytes, unmasked, if the device computed them; there when ``synchronize`` has returned."""
+
     def synchronize(self) -> None:
-        """Blocks until it has, GIL free; raises if it failed."""
+        """Blocks until it has, GIL free; raises if it failed.  Nothing uses the slot any more, in either case."""
 
     def hold_back(self, stream: Any) -> None:
         """Work queued in ``stream`` from now on (None: the device's current one) starts when it has happened."""
@@ -48,21 +52,20 @@ class Runtime(Protocol):
 
     #: "cpu:0", or "cuda:0" and so on.
     name: str
-    #: Alignment of small tensors in a data file that suits this runtime's copies.
-    small_alignment: int
 
-    def order_after_caller(self, arrays: Sequence[Any]) -> None:
+    def order_after_caller(self) -> None:
         """Later copies see all work that the calling thread has queued so far.  Call it in the caller's thread."""
 
-    def order_caller_after(self) -> None:
-        """Work that the calling thread queues from now on sees all copies queued so far (restores)."""
+    def free_memory(self) -> int | None:
+        """Bytes that a snapshot could take; None if only trying tells."""
 
     def snapshot(self, arrays: Sequence[Any], places: Sequence[int], memory: Any | None) -> tuple[list[Any], Any]:
         """Copies of the arrays as they are now, in order of the caller's work, and the memory that holds them.
 
-        ``places``: where each copy begins in that memory (bytes, ascending with the places in the data file, so that a
-        chunk lies there in one piece).  ``memory`` is what an earlier call returned, reused if it suffices.  Call it in
-        the caller's thread.  Raises ResourceExhaustedError, before anything is copied, if memory is short.
+        ``places``: where each copy begins in that memory (bytes, as far from each other as in the data file, so that a
+        chunk lies there in one piece).  ``memory`` is what an earlier call returned, reused and, if it does not
+        suffice, grown.  Call it in the caller's thread.  Raises ResourceExhaustedError, before anything is copied, if
+        memory is short.  The copies are for :meth:`to_slot` alone.
         """
 
     def view(self, array: Any, start: int, nbytes: int) -> memoryview | None:
@@ -74,14 +77,21 @@ class Runtime(Protocol):
     def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
         """Copies the parts into the slot; they are there when the event has happened (None: already).
 
-        Gaps between them may be overwritten with anything until then.
+        Gaps between them may be overwritten with anything until then.  The parts are in order of their offsets, and all
+        of arrays or all of copies of one snapshot.  If it raises, nothing uses the slot any more.
         """
 
-    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
-        """Copies from the slot into the arrays; the slot may be reused when the event has happened (None: already)."""
+    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview, *, checked: bool = False) -> Event | None:
+        """Copies from the slot into the arrays; the slot may be reused when the event has happened (None: already).
+
+        ``checked``: the event has the checksums, where the device can compute them.  Otherwise as :meth:`to_slot`.
+        """
 
     def synchronize(self) -> None:
         """Waits for all copies queued so far, also after one of them failed.  Never raises."""
+
+    def trim(self) -> None:
+        """Frees what is kept for later copies, as far as nothing uses it.  Never raises."""
 
     def empty(self, spec: TensorSpec) -> Any:
         """A new array in this place."""

@@ -2,19 +2,18 @@
 
 A launch with a table uploads it first, with one asynchronous copy from page-locked memory::
 
-    pinned    | records | checksums |          a buffer of Kernels, lent to one launch at a time
+    pinned    | records | checksums |          a Table, on loan until the work is over
                   |            ^
     device    | records | checksums |
 
-Nothing here waits for a device.  What a launch reads or writes must stay alive until its stream got there: the launch
-appends it to the list ``keep``, and the caller drops the list afterwards.  The table's buffer is then lent again.
+Nothing here waits for a device.  What a launch reads or writes must stay until its stream got there: the launch adds it
+to the ``held`` of the work that it is part of, before anything is queued.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.resources
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpusaver.device.base import Transfer
+from gpusaver.device.cuda_memory import Held, Pool, Table
+from gpusaver.device.cuda_streams import on_device
 from gpusaver.device.launch_plan import (
     COMPILE_OPTIONS,
     MAX_DIMS,
@@ -40,36 +41,10 @@ _THREADS = 256
 _SOURCES = {"copy.cu": ("gather", "scatter", "gather_strided", "scatter_strided"), "crc32c.cu": ("crc32c",)}
 #: Blocks of the checksum kernel that a multiprocessor runs at once (48 registers a thread, 33 KiB of shared memory).
 _CRC_BLOCKS_PER_MULTIPROCESSOR = 5
-#: Room for the tables of 10,000 pieces; as many buffers as launches are usually queued at once.
-_BUFFER_NBYTES, _BUFFERS = 256 * 1024, 2
+#: Room for the tables of 10,000 pieces.
+TABLE_NBYTES = 256 * 1024
 _MULTIPROCESSOR_COUNT = 16  # cudaDevAttrMultiProcessorCount
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
-
-
-class _Buffer:
-    """As many bytes of page-locked memory as of the current device's."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.host = cupy.cuda.PinnedMemory(nbytes)
-        self.device = cupy.cuda.Memory(nbytes)
-
-
-class _Loan:
-    """A buffer in use: its host bytes as an array interface, so that views of them keep the loan."""
-
-    def __init__(self, buffer: _Buffer, free: deque[_Buffer]) -> None:
-        self._free = free
-        self.buffer = buffer
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (buffer.host.ptr, False),
-            "shape": (buffer.nbytes,),
-            "typestr": "|u1",
-        }
-
-    def __del__(self) -> None:
-        self._free.append(self.buffer)
 
 
 class Kernels:
@@ -80,14 +55,11 @@ class Kernels:
     """
 
     def __init__(self, device: int) -> None:
-        """Compiles, and allocates what most launches need, so that they do not wait.
-
-        CuPy remembers on disk what it compiled.  Raises whatever CuPy raises if it cannot compile.
-        """
+        """Compiles; CuPy remembers on disk what it compiled.  Raises whatever CuPy raises if it cannot compile."""
         self._device = device
+        self.tables: Pool[Table] = Pool(Table, TABLE_NBYTES)
         self._functions: dict[str, Any] = {}
-        with cupy.cuda.Device(device):
-            self._free = deque(_Buffer(_BUFFER_NBYTES) for _ in range(_BUFFERS))
+        with on_device(device):
             self._multiprocessors: int = cupy.cuda.runtime.deviceGetAttribute(_MULTIPROCESSOR_COUNT, device)
             folder = importlib.resources.files("gpusaver.device").joinpath("kernels")
             for file, names in _SOURCES.items():
@@ -95,60 +67,43 @@ class Kernels:
                 module.compile()
                 self._functions |= {name: module.get_function(name) for name in names}
 
-    def gather(self, transfers: Sequence[Transfer], image: int, stream: Any, keep: list[Any]) -> None:
+    def gather(self, transfers: Sequence[Transfer], image: int, stream: Any, held: Held) -> None:
         """Copies the parts of the arrays, of any strides, to their offsets from the address ``image``."""
-        self._copy("gather", transfers, image, stream, keep)
+        self._copy("gather", transfers, image, stream, held)
 
-    def scatter(self, transfers: Sequence[Transfer], image: int, stream: Any, keep: list[Any]) -> None:
+    def scatter(self, transfers: Sequence[Transfer], image: int, stream: Any, held: Held) -> None:
         """Copies the bytes at the offsets from the address ``image`` to the parts of the arrays, of any strides.
 
         Requires: no two elements of an array share memory.
         """
-        self._copy("scatter", transfers, image, stream, keep)
+        self._copy("scatter", transfers, image, stream, held)
 
-    def gather_strided(self, array: Any, start: int, nbytes: int, flat: int, stream: Any) -> None:
-        """Copies bytes [start, start + nbytes) of the array's row-major form to the address ``flat``.
-
-        One launch, or several if the array has more than MAX_DIMS dimensions that cannot be seen as fewer.  Nothing is
-        kept alive.
-        """
-        with cupy.cuda.Device(self._device), stream:
-            self._copy_strided("gather_strided", array, start, nbytes, flat)
-
-    def scatter_strided(self, array: Any, start: int, nbytes: int, flat: int, stream: Any) -> None:
-        """The reverse of :meth:`gather_strided`.  Requires: no two elements of the array share memory."""
-        with cupy.cuda.Device(self._device), stream:
-            self._copy_strided("scatter_strided", array, start, nbytes, flat)
-
-    def crc32c(self, pieces: Sequence[tuple[int, int]], stream: Any, keep: list[Any]) -> npt.NDArray[np.uint32]:
+    def crc32c(self, pieces: Sequence[tuple[int, int]], stream: Any, held: Held) -> npt.NDArray[np.uint32]:
         """The checksums of (address, nbytes) pieces, unmasked, as :func:`gpusaver.bundle.crc.crc32c` computes them.
 
-        The array is in page-locked memory: its values are there once the stream got there.  It may outlive ``keep``.
+        The array is in page-locked memory of ``held``: its values are there when the stream got there, and until
+        ``held`` is released.
         """
         addresses, sizes = column([address for address, _ in pieces]), column([nbytes for _, nbytes in pieces])
         parts = cut_parts(addresses, sizes, part_nbytes(int(sizes.sum()), self._multiprocessors))
-        with cupy.cuda.Device(self._device), stream:
-            loan = self._upload([parts, initial_checksums(sizes)], stream, keep)
-            device, host = loan.buffer.device.ptr + parts.nbytes, np.asarray(loan)
-            checksums = host[parts.nbytes : parts.nbytes + 4 * len(sizes)].view(np.uint32)
+        with on_device(self._device), stream:
+            table = self._upload([parts, initial_checksums(sizes)], stream, held)
+            device = table.device.pointer + parts.nbytes
+            checksums = table.host[parts.nbytes : parts.nbytes + 4 * len(sizes)].view(np.uint32)
             if len(parts):
                 blocks = -(-len(parts) // WARPS_PER_BLOCK)
                 grid = min(blocks, _CRC_BLOCKS_PER_MULTIPROCESSOR * self._multiprocessors)
-                arguments = (np.uint64(loan.buffer.device.ptr), np.uint32(len(parts)), np.uint64(device))
+                arguments = (np.uint64(table.device.pointer), np.uint32(len(parts)), np.uint64(device))
                 self._functions["crc32c"]((grid,), (32, WARPS_PER_BLOCK), arguments)
                 cupy.cuda.runtime.memcpyAsync(
                     checksums.ctypes.data, device, checksums.nbytes, _DEVICE_TO_HOST, stream.ptr
                 )
         return checksums
 
-    def trim(self) -> None:
-        """Frees the buffers that no launch uses; later launches make them anew."""
-        self._free.clear()
-
-    def _copy(self, name: str, transfers: Sequence[Transfer], image: int, stream: Any, keep: list[Any]) -> None:
-        keep += [transfer.array for transfer in transfers]
+    def _copy(self, name: str, transfers: Sequence[Transfer], image: int, stream: Any, held: Held) -> None:
+        held.keep(*[transfer.array for transfer in transfers])
         pointers, offsets, sizes = [], [], []
-        with cupy.cuda.Device(self._device), stream:
+        with on_device(self._device), stream:
             for array, start, offset, nbytes in transfers:
                 if not nbytes:
                     continue
@@ -163,8 +118,8 @@ class Kernels:
             addresses, places = column(pointers), column(offsets)
             targets = addresses if name == "scatter" else image + places
             tiles = cut_tiles(addresses, places, column(sizes), targets)
-            loan = self._upload([tiles], stream, keep)
-            arguments = (np.uint64(loan.buffer.device.ptr), np.uint64(image))
+            table = self._upload([tiles], stream, held)
+            arguments = (np.uint64(table.device.pointer), np.uint64(image))
             self._functions[name]((len(tiles),), (_THREADS,), arguments)
 
     def _copy_strided(self, name: str, array: Any, start: int, nbytes: int, flat: int) -> None:
@@ -187,27 +142,15 @@ class Kernels:
         )
         self._functions[name]((-(-plan.units // TILE_UNITS),), (_THREADS,), arguments)
 
-    def _upload(self, tables: Iterable[npt.NDArray[Any]], stream: Any, keep: list[Any]) -> _Loan:
-        """The tables one after the other in a buffer, on the way to the device."""
-        octets = np.concatenate([table.view(np.uint8) for table in tables])
-        loan = _Loan(self._buffer(octets.nbytes), self._free)
-        keep.append(loan)
-        np.asarray(loan)[: octets.nbytes] = octets
-        host, device = loan.buffer.host.ptr, loan.buffer.device.ptr
-        cupy.cuda.runtime.memcpyAsync(device, host, octets.nbytes, _HOST_TO_DEVICE, stream.ptr)
-        return loan
-
-    def _buffer(self, nbytes: int) -> _Buffer:
-        """A free one, or a new one if none is large enough; making one may wait for all work of the device."""
-        for _ in range(len(self._free)):
-            try:
-                buffer = self._free.popleft()
-            except IndexError:  # another thread took it
-                break
-            if buffer.nbytes >= nbytes:
-                return buffer
-            self._free.append(buffer)
-        return _Buffer(max(_BUFFER_NBYTES, 1 << (nbytes - 1).bit_length()))
+    def _upload(self, columns: Iterable[npt.NDArray[Any]], stream: Any, held: Held) -> Table:
+        """The columns one after the other in a table, on the way to the device."""
+        octets = np.concatenate([values.view(np.uint8) for values in columns])
+        table = held.borrow(self.tables, max(octets.nbytes, 1))
+        table.host[: octets.nbytes] = octets
+        cupy.cuda.runtime.memcpyAsync(
+            table.device.pointer, table.host.ctypes.data, octets.nbytes, _HOST_TO_DEVICE, stream.ptr
+        )
+        return table
 
 
 @functools.cache

@@ -1,25 +1,44 @@
-"""Memory of gpusaver's own for copies: pinned on the host, and private on the device.
+"""Memory of gpusaver's own for copies: page-locked on the host, and private on the device.
 
-The host's is ``mmap`` registered with CUDA: page-aligned, so that O_DIRECT takes it as well, and not inherited by
-forked children, whose writes would otherwise move its pages under a copy (cudaHostAlloc promises neither).  The
-device's is allocated past CuPy's pool, whose arenas belong to the calling thread's streams, and whose out-of-memory
-path frees the user's blocks.
+::
+
+    PinnedBuffer    a slot of the ring: 8 MiB of page-locked memory, whole pages
+    DeviceBuffer    room for one chunk, in which it is gathered or from which it is scattered
+    Table           what one launch of a kernel reads: page-locked, and as many bytes on the device
+    Image           a snapshot, in blocks of at most 256 MiB
+
+The slots are ``mmap`` registered with CUDA: page-aligned, so that O_DIRECT takes them as well, and not inherited by
+forked children, whose writes would otherwise move their pages under a copy (cudaHostAlloc promises neither).  The
+device's memory is allocated past CuPy's pool, whose arenas belong to the calling thread's streams, and whose
+out-of-memory path frees the user's blocks.
+
+What queued work uses must stay until somebody has waited for that work: :class:`Held` keeps it, and lends buffers from
+a :class:`Pool`, so that no destructor and no traceback decides when memory is free.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import ctypes
 import mmap
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 import cupy
 import numpy as np
+import numpy.typing as npt
 
+from gpusaver.device.cuda_streams import on_device
 from gpusaver.errors import ResourceExhaustedError
 
-#: cudaHostRegisterPortable: pinned for every device of the process.
+#: cudaHostRegisterPortable and cudaHostAllocPortable: pinned for every device of the process.
 _PORTABLE = 1
-OUT_OF_MEMORY = 2
+_OUT_OF_MEMORY = 2
+_PAGE = 4096
+#: Of an image: small enough to be found in memory that others have used in pieces.
+BLOCK_NBYTES = 256 * 1024 * 1024
 
 
 class PinnedBuffer:
@@ -32,52 +51,175 @@ class PinnedBuffer:
         array = np.frombuffer(self._memory, np.uint8)
         array[:: mmap.PAGESIZE] = 0  # pages are made now, not one by one under the first copy
         self.view = array.data
-        self._address: int | None = array.ctypes.data
-        try:
-            cupy.cuda.runtime.hostRegister(self._address, nbytes, _PORTABLE)
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            self._address = None
-            if error.status != OUT_OF_MEMORY:
-                raise
-            raise ResourceExhaustedError(f"cannot pin {nbytes} bytes of host memory for copies: {error}") from error
+        self._device: int = cupy.cuda.runtime.getDevice()
+        self._address = 0
+        with _room(f"cannot pin {nbytes} bytes of host memory for copies"):
+            cupy.cuda.runtime.hostRegister(array.ctypes.data, nbytes, _PORTABLE)
+        self._address = array.ctypes.data
 
     def free(self) -> None:
         """Unregisters first: unmapping registered memory leaves the driver with pages that are no longer there."""
-        if self._address is not None:
-            cupy.cuda.runtime.hostUnregister(self._address)
-            self._address = None
+        address, self._address = self._address, 0
+        if address:
+            # A device that has failed for good refuses this as well.
+            with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError), on_device(self._device):
+                cupy.cuda.runtime.hostUnregister(address)
 
 
-class _Allocation:
-    """Frees a device allocation when it is dropped."""
-
-    def __init__(self, pointer: int, device: int) -> None:
-        self._pointer, self._device = pointer, device
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception), cupy.cuda.Device(self._device):
-            cupy.cuda.runtime.free(self._pointer)
-
-
-class DeviceMemory:
-    """``nbytes`` bytes on the current device, outside every pool; freed when the last array on them is gone.
-
-    Raises ResourceExhaustedError if the device has no room.
-    """
+class DeviceBuffer:
+    """``nbytes`` bytes of the current device, outside every pool.  ResourceExhaustedError if it has no room."""
 
     def __init__(self, nbytes: int) -> None:
-        size = max(nbytes, 1)
-        try:
-            pointer = cupy.cuda.runtime.malloc(size)
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            if error.status == OUT_OF_MEMORY:
-                raise ResourceExhaustedError(f"no room for {nbytes} bytes on the device: {error}") from error
-            raise
-        device = cupy.cuda.Device().id
         self.nbytes = nbytes
-        self.pointer = int(pointer)
-        self._memory = cupy.cuda.UnownedMemory(pointer, size, _Allocation(pointer, device), device)
+        self.pointer = 0
+        self._device: int = cupy.cuda.runtime.getDevice()
+        with _room(f"no room for {nbytes} bytes on the device"):
+            self.pointer = cupy.cuda.runtime.malloc(nbytes)
 
-    def array(self, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """A CuPy array on a part of it."""
-        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(self._memory, start))
+    def free(self) -> None:
+        """Idempotent; waits for the device.  Requires: no work uses it any more."""
+        pointer, self.pointer = self.pointer, 0
+        if pointer:
+            with on_device(self._device):
+                cupy.cuda.runtime.free(pointer)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.free()
+
+
+class Table:
+    """As many bytes of page-locked memory as of the current device's."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._device: int = cupy.cuda.runtime.getDevice()
+        self._address = 0
+        self.device = DeviceBuffer(nbytes)
+        with _room(f"cannot pin {nbytes} bytes of host memory for the tables of kernels"):
+            self._address = cupy.cuda.runtime.hostAlloc(nbytes, _PORTABLE)
+        memory = (ctypes.c_uint8 * nbytes).from_address(self._address)
+        self.host: npt.NDArray[np.uint8] = np.ctypeslib.as_array(memory)
+
+    def free(self) -> None:
+        """Idempotent.  Requires: no work uses it, and nobody looks at ``host``, any more."""
+        address, self._address = self._address, 0
+        if address:
+            with on_device(self._device):
+                cupy.cuda.runtime.freeHost(address)
+        self.device.free()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.free()
+
+
+@contextlib.contextmanager
+def _room(complaint: str) -> Iterator[None]:
+    try:
+        yield
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if error.status != _OUT_OF_MEMORY:
+            raise
+        raise ResourceExhaustedError(f"{complaint}: {error}") from error
+
+
+class Image:
+    """Memory of one device that holds tensors as a data file will; addressed as one, allocated in blocks."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._starts: list[int] = []
+        self._blocks: list[DeviceBuffer] = []
+
+    def grow(self, nbytes: int) -> None:
+        """To at least ``nbytes`` bytes.  ResourceExhaustedError, the image as it was, if the device has no room."""
+        more: list[DeviceBuffer] = []
+        missing = -(-(nbytes - self.nbytes) // _PAGE) * _PAGE
+        while missing > 0:
+            more.append(DeviceBuffer(min(missing, BLOCK_NBYTES)))
+            missing -= more[-1].nbytes
+        for block in more:
+            self._starts.append(self.nbytes)
+            self._blocks.append(block)
+            self.nbytes += block.nbytes
+
+    def stretches(self, place: int, nbytes: int) -> Iterator[tuple[DeviceBuffer, int, int]]:
+        """(block, device address, nbytes) of the bytes [place, place + nbytes)."""
+        end = place + nbytes
+        number = bisect.bisect_right(self._starts, place) - 1
+        while place < end:
+            block, start = self._blocks[number], self._starts[number]
+            length = min(end, start + block.nbytes) - place
+            yield block, block.pointer + place - start, length
+            place += length
+            number += 1
+
+
+class _Buffer(Protocol):
+    nbytes: int
+
+    def free(self) -> None: ...
+
+
+B = TypeVar("B", bound=_Buffer)
+
+
+class Pool(Generic[B]):
+    """Buffers of one device, lent to queued work and kept for the next.  Any thread may use it.
+
+    ``make(nbytes)`` makes one on the current device; ``nbytes`` is the least size.
+    """
+
+    def __init__(self, make: Callable[[int], B], nbytes: int) -> None:
+        self._make = make
+        self._nbytes = nbytes
+        self._free: list[B] = []
+        self._lock = threading.Lock()
+
+    def borrow(self, nbytes: int) -> B:
+        """One that is large enough; making it may wait for all work of the device."""
+        with self._lock:
+            for number, buffer in enumerate(self._free):
+                if buffer.nbytes >= nbytes:
+                    return self._free.pop(number)
+        return self._make(max(self._nbytes, 1 << (nbytes - 1).bit_length()))
+
+    def give_back(self, buffer: B) -> None:
+        with self._lock:
+            self._free.append(buffer)
+
+    def trim(self) -> None:
+        """Frees what is not lent."""
+        with self._lock:
+            free, self._free = self._free, []
+        for buffer in free:
+            buffer.free()
+
+
+class Held:
+    """What some queued work uses: references, and buffers on loan.  Given up by :meth:`release` alone.
+
+    ``results``: what the work writes into a buffer on loan, for the host.
+    """
+
+    def __init__(self) -> None:
+        self.results: npt.NDArray[Any] | None = None
+        self._kept: list[Any] = []
+        self._loans: list[Callable[[], None]] = []
+
+    def keep(self, *objects: Any) -> None:
+        self._kept += objects
+
+    def borrow(self, pool: Pool[B], nbytes: int) -> B:
+        buffer = pool.borrow(nbytes)
+        self._loans.append(lambda: pool.give_back(buffer))
+        return buffer
+
+    def release(self) -> None:
+        """Idempotent; the results stay.  Requires: the work is over."""
+        self._kept.clear()
+        if self._loans and self.results is not None:
+            self.results = self.results.copy()
+        while self._loans:
+            self._loans.pop()()

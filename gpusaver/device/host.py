@@ -25,13 +25,12 @@ class HostRuntime:
     """See :class:`gpusaver.device.base.Runtime`.  Holds no state: any thread may use any method at any time."""
 
     name = "cpu:0"
-    small_alignment = 1
 
-    def order_after_caller(self, arrays: Sequence[Array]) -> None:
+    def order_after_caller(self) -> None:
         pass
 
-    def order_caller_after(self) -> None:
-        pass
+    def free_memory(self) -> int | None:
+        return None
 
     def snapshot(
         self, arrays: Sequence[Array], places: Sequence[int], memory: Array | None
@@ -73,7 +72,7 @@ class HostRuntime:
                 _copy_strided(array, start, part, to_array=False)
         return None
 
-    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview, *, checked: bool = False) -> Event | None:
         source: npt.NDArray[np.uint8] | None = None
         for array, start, offset, nbytes in transfers:
             view = self.view(array, start, nbytes)
@@ -93,6 +92,9 @@ class HostRuntime:
         return _Pages(nbytes)
 
     def synchronize(self) -> None:
+        pass
+
+    def trim(self) -> None:
         pass
 
     def empty(self, spec: TensorSpec) -> Array:

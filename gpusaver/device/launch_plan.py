@@ -15,7 +15,7 @@ sizes are in bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,8 @@ TILE = np.dtype([("array", "<i8"), ("offset", "<i8"), ("nbytes", "<i8")])
 #: How many dimensions, and how many units a block of threads, the strided kernels take.
 MAX_DIMS = 8
 TILE_UNITS = 1024
+#: Of a copy of rows: cudaDevAttrMaxPitch.
+_MAX_PITCH = 2**31 - 1
 
 PART = np.dtype([("address", "<i8"), ("nbytes", "<u4"), ("exponent", "<u4"), ("piece", "<u4"), ("flips", "<u4")])
 WARPS_PER_BLOCK = 8
@@ -70,13 +72,7 @@ def plan_strided(
 
     Dimensions that follow each other in memory become one; there may still be more than MAX_DIMS.
     """
-    dims = [(itemsize, 1)]
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        inner_size, inner_stride = dims[-1]
-        if stride == inner_size * inner_stride:
-            dims[-1] = (inner_size * size, inner_stride)
-        elif size != 1:
-            dims.append((size, stride))
+    dims = _byte_dims(shape, strides, itemsize)
     run = dims[0][0]
     unit = math.gcd(16, run, pointer, flat, start, nbytes, *(stride for _, stride in dims[1:]))
     if run == unit:
@@ -84,6 +80,66 @@ def plan_strided(
     else:
         dims[0] = (run // unit, unit)
     return Strided(unit, start // unit, nbytes // unit, [size for size, _ in dims], [stride for _, stride in dims])
+
+
+def _byte_dims(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> list[tuple[int, int]]:
+    """(size, stride in bytes) of an array of bytes, the innermost first; what follows each other in memory is one."""
+    dims = [(itemsize, 1)]
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        inner_size, inner_stride = dims[-1]
+        if stride == inner_size * inner_stride:
+            dims[-1] = (inner_size * size, inner_stride)
+        elif size != 1:
+            dims.append((size, stride))
+    return dims
+
+
+class Rows(NamedTuple):
+    """``height`` times ``width`` bytes, every ``pitch`` from ``address`` on; side by side from byte ``flat`` on."""
+
+    address: int
+    flat: int
+    width: int
+    pitch: int
+    height: int
+
+
+def cut_rows(
+    pointer: int, shape: Sequence[int], strides: Sequence[int], itemsize: int, start: int, nbytes: int
+) -> Iterator[Rows]:
+    """Bytes [start, start + nbytes) of the row-major form of an array, as two-dimensional copies; ``flat`` begins at 0.
+
+    For where no kernel can be compiled: as many copies as there are rows that no pitch joins.
+    """
+    dims = _byte_dims(shape, strides, itemsize)
+    yield from _rows(dims, len(dims) - 1, pointer, start, start + nbytes, 0)
+
+
+def _rows(dims: list[tuple[int, int]], level: int, address: int, begin: int, end: int, flat: int) -> Iterator[Rows]:
+    """Bytes [begin, end) of what the dimensions up to ``level`` span from ``address`` on."""
+    if begin >= end:
+        return
+    if level == 0:
+        yield Rows(address + begin, flat, end - begin, end - begin, 1)
+        return
+    row = math.prod(size for size, _ in dims[:level])
+    _, stride = dims[level]
+    first, last = -(-begin // row), end // row
+    if first > last:  # within one row
+        yield from _rows(dims, level - 1, address + last * stride, begin - last * row, end - last * row, flat)
+        return
+    head = first * row - begin
+    if head:
+        yield from _rows(dims, level - 1, address + (first - 1) * stride, row - head, row, flat)
+    if level == 1 and row <= stride <= _MAX_PITCH:
+        if last > first:
+            yield Rows(address + first * stride, flat + head, row, stride, last - first)
+    else:
+        for number in range(first, last):
+            at = flat + head + (number - first) * row
+            yield from _rows(dims, level - 1, address + number * stride, 0, row, at)
+    done = head + (last - first) * row
+    yield from _rows(dims, level - 1, address + last * stride, 0, end - last * row, flat + done)
 
 
 def part_nbytes(total_nbytes: int, multiprocessors: int) -> int:

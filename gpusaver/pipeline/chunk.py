@@ -87,6 +87,14 @@ class Checksums:
         begin, crc = parts.pop(start, (start, 0))
         parts[start + nbytes] = begin, crc32c(octets, crc)
 
+    def add_computed(self, pieces: Sequence[Piece], checksums: Sequence[int]) -> None:
+        """The same for pieces whose checksums somebody else has computed."""
+        for (tensor, start, _, nbytes), crc in zip(pieces, checksums, strict=True):
+            if nbytes == self._nbytes[tensor]:
+                self._whole[tensor] = crc
+            else:
+                self._parts.setdefault(tensor, {})[start + nbytes] = start, crc
+
     def finished(self) -> dict[int, int]:
         """By tensor, once every piece of it has been added; tensors without bytes are not in it."""
         for tensor, parts in self._parts.items():

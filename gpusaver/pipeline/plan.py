@@ -57,6 +57,8 @@ class Plan:
     #: The entries of partitioned tensors, which have no bytes of their own.
     partitioned: list[tuple[bytes, Entry]]
     layout: Layout
+    #: :meth:`Layout.places`
+    places: list[int]
     _templates: dict[int, tuple[IndexTemplate, npt.NDArray[np.int64]]] = field(default_factory=dict)
 
     def index(self, num_shards: int, checksums: dict[int, int]) -> bytes:
@@ -197,9 +199,8 @@ def _make_plan(leaves: Sequence[Leaf], rows: list[_Row], sources: Sequence[Sourc
         [owner_numbers[source.runtime.name] for source in sources],
         shards,
         max(1, len(shard_names)),
-        small_alignment=[runtime.small_alignment for runtime in runtimes],
     )
-    return Plan(rows, items, partitioned, layout)
+    return Plan(rows, items, partitioned, layout, layout.places().tolist())
 
 
 def _devices_first(runtime: Runtime) -> tuple[bool, str]:

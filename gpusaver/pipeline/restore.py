@@ -6,23 +6,25 @@ import contextlib
 import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpusaver.bundle.crc import crc32c, unmask
 from gpusaver.bundle.index import Entry
 from gpusaver.bundle.layout import Chunk, Piece, chunks
-from gpusaver.device import Runtime, Transfer
+from gpusaver.device import HOST, Runtime, Transfer
 from gpusaver.errors import DataLossError
 from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers
-from gpusaver.pipeline.workers import LazySlot, Slots, work_off
+from gpusaver.pipeline.workers import LazySlot, Ring, Slots, work_off
 from gpusaver.storage.base import ReadableFile
 
 #: Reading through a gap of this size costs less than a second read.
 _MAX_GAP = 64 * 1024
 #: Where the bytes of gaps go; nobody looks at them, so threads may share it.
 _SINK = memoryview(bytearray(_MAX_GAP))
+#: Whoever reads waits for a slot of the ring however long it takes: the writers give them back.
+_NEVER = threading.Event()
 
 
 class Read(NamedTuple):
@@ -61,6 +63,9 @@ def read_entries(
 
     def read(chunk: Chunk, slot: LazySlot) -> None:
         runtime = reads[chunk.pieces[0].tensor].runtime
+        if keep and runtime is not HOST:
+            _read_to_device(chunk, reads, runtime, files[chunk.shard], slots.ring(runtime), verifier)
+            return
         views = _views(chunk, reads, runtime) if keep else [None] * len(chunk.pieces)
         staged = slot.get() if None in views else None
         if keep:
@@ -68,9 +73,9 @@ def read_entries(
             verifier.touched([piece[0] for piece in chunk.pieces])
         files[chunk.shard].read_into(chunk.offset, vectored_buffers(chunk, views, staged, _SINK))
         if staged is None:
-            verifier.check(chunk.pieces, cast(list[memoryview], views))
+            verifier.check(chunk.pieces, views)
             return
-        places = [staged[piece.offset : piece.offset + piece.nbytes] for piece in chunk.pieces]
+        places = _places(chunk, staged)
         verifier.check(
             chunk.pieces, [place if view is None else view for place, view in zip(places, views, strict=True)]
         )
@@ -81,9 +86,7 @@ def read_entries(
                 if view is None
             ]
             with splitting if _splits_elements(chunk, reads) else contextlib.nullcontext():
-                event = runtime.from_slot(transfers, staged)
-                if event is not None:
-                    event.synchronize()
+                HOST.from_slot(transfers, staged)
 
     try:
         work_off(chunks(*column, CHUNK_NBYTES, max_gap=_MAX_GAP), read, slots, threads)
@@ -96,10 +99,34 @@ def read_entries(
         raise
 
 
+def _read_to_device(
+    chunk: Chunk, reads: Sequence[Read], runtime: Runtime, file: ReadableFile, ring: Ring, verifier: _Verifier
+) -> None:
+    """By way of a pinned slot; the device computes the checksums where it can."""
+    slot = ring.acquire(_NEVER)
+    try:
+        verifier.touched([piece.tensor for piece in chunk.pieces])
+        file.read_into(chunk.offset, [slot.view[: chunk.nbytes]])
+        transfers = [Transfer(reads[piece.tensor].array, *piece[1:]) for piece in chunk.pieces]
+        event = runtime.from_slot(transfers, slot.view, checked=True)
+        assert event is not None  # as of every device
+        event.synchronize()
+        if event.checksums is not None:
+            verifier.check_computed(chunk.pieces, event.checksums)
+        else:
+            verifier.check(chunk.pieces, _places(chunk, slot.view))
+    finally:
+        ring.release(slot)
+
+
+def _places(chunk: Chunk, slot: memoryview) -> list[memoryview]:
+    return [slot[piece.offset : piece.offset + piece.nbytes] for piece in chunk.pieces]
+
+
 def _splits_elements(chunk: Chunk, reads: Sequence[Read]) -> bool:
     """Whether an element lies partly in this chunk, partly in a neighbour (small tensors are packed without gaps).
 
-    In arrays that are not plain memory such an element is read, changed and written back, by one thread at a time.
+    In host arrays that are not plain memory such an element is read, changed and written back, by one thread at a time.
     """
     first, last = chunk.pieces[0], chunk.pieces[-1]
     return any(
@@ -137,7 +164,7 @@ class _Verifier:
         self._expected = unmask(np.fromiter([read.entry.crc for read in reads], np.uint32, len(reads))).tolist()
         self._touched: set[int] = set()
 
-    def check(self, pieces: Sequence[Piece], buffers: Sequence[memoryview]) -> None:
+    def check(self, pieces: Sequence[Piece], buffers: Iterable[Any]) -> None:
         """``buffers`` hold the bytes of the pieces."""
         nbytes, expected = self._nbytes, self._expected
         for piece, octets in zip(pieces, buffers, strict=True):
@@ -145,6 +172,13 @@ class _Verifier:
             if piece[3] != nbytes[tensor]:
                 self._checksums.add(piece, octets)
             elif (crc := crc32c(octets)) != expected[tensor]:
+                self._compare(tensor, crc)
+
+    def check_computed(self, pieces: Sequence[Piece], checksums: Sequence[int]) -> None:
+        """The same, where a device has computed the checksums."""
+        self._checksums.add_computed(pieces, checksums)
+        for (tensor, _, _, nbytes), crc in zip(pieces, checksums, strict=True):
+            if nbytes == self._nbytes[tensor]:
                 self._compare(tensor, crc)
 
     def touched(self, tensors: Iterable[int]) -> None:

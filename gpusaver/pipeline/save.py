@@ -13,7 +13,7 @@ from gpusaver.bundle.layout import Chunk, Layout
 from gpusaver.device import HOST, Event, Runtime, Transfer
 from gpusaver.errors import CancelledError
 from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers, zero_gaps
-from gpusaver.pipeline.staging import Filled, Ring, Staging
+from gpusaver.pipeline.staging import Filled, Staging
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import WritableFile
 
@@ -32,7 +32,6 @@ def write_chunks(
     sources: Sequence[Source],
     files: Sequence[WritableFile],
     slots: Slots,
-    ring: Ring | None,
     threads: int,
     *,
     on_recorded: Callable[[Event], None],
@@ -44,30 +43,32 @@ def write_chunks(
     ``on_recorded`` is called for each device with the event that ends its last copy; ``on_staged`` once when no source
     will be read any more, unless the save fails before.  Returns when all is written, not synced; raises the first
     error, when all threads have ended and no copy is in flight.
-
-    Requires: a ``ring`` if a source is on a device or a file has an alignment.
     """
 
-    chunk_nbytes = ring.nbytes if ring is not None else CHUNK_NBYTES
     on_host: list[Chunk] = []
     staged: list[tuple[Runtime, Iterator[Chunk]]] = []
     for owner, first in zip(*(column.tolist() for column in np.unique(layout.owner, return_index=True)), strict=True):
         runtime = sources[first].runtime
-        chunks = layout.chunks(chunk_nbytes, owner)
+        chunks = layout.chunks(CHUNK_NBYTES, owner)
         if runtime is HOST and all(file.alignment == 1 for file in files):
             on_host = list(chunks)
         else:
             staged.append((runtime, chunks))
     checksums = Checksums(layout.nbytes.tolist())
 
-    def seal(chunk: Chunk, slot: memoryview) -> None:
+    def seal(chunk: Chunk, slot: memoryview, computed: Sequence[int] | None = None) -> None:
+        """Makes a filled slot what is written; ``computed``: the checksums of its pieces, if the device did that."""
         zero_gaps(chunk, slot, _padded(chunk, files[chunk.shard]))
+        if computed is not None:
+            checksums.add_computed(chunk.pieces, computed)
+            return
         for piece in chunk.pieces:
             checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
 
     staging = None
     if staged:
-        assert ring is not None
+        devices = [runtime for runtime, _ in staged if runtime is not HOST]
+        ring = slots.ring(devices[0] if devices else HOST)
         staging = Staging(staged, lambda chunk: _transfers(chunk, sources), seal, ring)
     unread = _Countdown(len(on_host) + (staging.copier_count if staging else 0), on_staged)
 
@@ -77,8 +78,8 @@ def write_chunks(
             try:
                 if cancelled.is_set():
                     raise CancelledError("the save was cancelled before it was committed")
-                if not job.is_sealed:
-                    seal(job.chunk, job.slot.view)
+                if job.event is not None:
+                    seal(job.chunk, job.slot.view, job.event.checksums)
                 _write_slot(job.chunk, job.slot.view, files[job.chunk.shard])
             finally:
                 staging.release(job)

@@ -28,63 +28,21 @@ from typing import NamedTuple
 
 from gpusaver.bundle.layout import Chunk
 from gpusaver.device import Event, HostBuffer, Runtime, Transfer
+from gpusaver.pipeline.workers import Ring, Stopped
 
 #: Chunks queued in one device's copy engine.
 MAX_QUEUED = 2
 
 
-class Stopped(Exception):
-    """Somebody else failed: whoever gets this ends, and its error is not the one to report."""
-
-
-class Ring:
-    """At most ``count`` host buffers of ``nbytes`` bytes, made when first needed, kept until :meth:`close`."""
-
-    def __init__(self, nbytes: int, count: int, allocate: Callable[[int], HostBuffer]) -> None:
-        self.nbytes = nbytes
-        self.count = count
-        self._allocate = allocate
-        self._buffers: list[HostBuffer] = []
-        self._free: list[HostBuffer] = []
-        self._changed = threading.Condition()
-
-    def acquire(self, stop: threading.Event) -> HostBuffer:
-        """Waits for a free buffer; raises Stopped when ``stop`` is set (and :meth:`wake` called) meanwhile."""
-        with self._changed:
-            while True:
-                if stop.is_set():
-                    raise Stopped
-                if self._free:
-                    return self._free.pop()
-                if len(self._buffers) < self.count:
-                    self._buffers.append(self._allocate(self.nbytes))
-                    return self._buffers[-1]
-                self._changed.wait()
-
-    def release(self, buffer: HostBuffer) -> None:
-        with self._changed:
-            self._free.append(buffer)
-            self._changed.notify()
-
-    def wake(self) -> None:
-        """Has all waiters look at their ``stop`` again."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Frees the memory.  Requires: no buffer is in use."""
-        with self._changed:
-            while self._buffers:
-                self._buffers.pop().free()
-            self._free.clear()
-
-
 class Filled(NamedTuple):
-    """A chunk whose bytes are in a slot; whoever writes it releases the slot.  ``is_sealed``: by ``seal`` already."""
+    """A chunk whose bytes are in a slot; whoever writes it releases the slot.
+
+    ``event``: of the copy from a device, which has happened; None from the host, whose copier has sealed the slot.
+    """
 
     chunk: Chunk
     slot: HostBuffer
-    is_sealed: bool = False
+    event: Event | None
 
 
 class Copier:
@@ -107,7 +65,7 @@ class Copier:
         self._ring = ring
         self._filled = filled
         self._stop = stop
-        self._queued: collections.deque[tuple[Filled, Event]] = collections.deque()
+        self._queued: collections.deque[Filled] = collections.deque()
 
     def run(self, on_recorded: Callable[[Event], None], on_copied: Callable[[], None]) -> None:
         """``on_recorded(event)``: all copies of a device are queued, the last one ends with the event.
@@ -127,13 +85,12 @@ class Copier:
                         # Here rather than by a writer: the bytes are in this core's caches, and the writers only wait.
                         self._seal(chunk, slot.view)
                 except BaseException:
-                    self._runtime.synchronize()  # part of it may be on its way into the slot
                     self._ring.release(slot)
                     raise
                 if event is None:
-                    self._filled.put(Filled(chunk, slot, is_sealed=True))
+                    self._filled.put(Filled(chunk, slot, None))
                 else:
-                    self._queued.append((Filled(chunk, slot), event))
+                    self._queued.append(Filled(chunk, slot, event))
             if event is not None:
                 on_recorded(event)
             while self._queued:
@@ -155,31 +112,30 @@ class Copier:
                 event = self._runtime.to_slot(self._transfers(chunk), slot.view)
                 if event is not None:
                     event.synchronize()
+                else:
+                    self._seal(chunk, slot.view)
             except BaseException:
-                self._runtime.synchronize()
                 self._ring.release(slot)
                 raise
-            yield Filled(chunk, slot)
+            yield Filled(chunk, slot, event)
         if event is not None:
             on_recorded(event)
         on_copied()
 
     def _settle(self) -> None:
         """Waits for the oldest copy and hands its chunk to the writers."""
-        filled, event = self._queued[0]
-        event.synchronize()
+        filled = self._queued[0]
+        assert filled.event is not None
+        filled.event.synchronize()
         self._queued.popleft()
         self._filled.put(filled)
 
     def _abandon(self) -> None:
         """Copies in flight still write into their slots: they must end before anybody else gets these."""
-        for filled, event in self._queued:
-            try:
-                event.synchronize()
-            except Exception:  # the first error is the one that counts
-                continue
-            finally:
-                self._ring.release(filled.slot)
+        if self._queued:
+            self._runtime.synchronize()
+        for filled in self._queued:
+            self._ring.release(filled.slot)
         self._queued.clear()
 
 

@@ -12,22 +12,76 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from gpusaver.device import HOST, HostBuffer, Runtime
 from gpusaver.device.host import allocate_pages
 from gpusaver.errors import CancelledError
 
 Job = TypeVar("Job")
 
+#: Of host arrays that are written around the page cache: enough for three writers, and for their copier to stay ahead.
+_HOST_RING_COUNT = 6
+
+
+class Stopped(Exception):
+    """Somebody else failed: whoever gets this ends, and its error is not the one to report."""
+
+
+class Ring:
+    """At most ``count`` host buffers of ``nbytes`` bytes, made when first needed, kept until :meth:`close`."""
+
+    def __init__(self, nbytes: int, count: int, allocate: Callable[[int], HostBuffer]) -> None:
+        self.nbytes = nbytes
+        self.count = count
+        self._allocate = allocate
+        self._buffers: list[HostBuffer] = []
+        self._free: list[HostBuffer] = []
+        self._changed = threading.Condition()
+
+    def acquire(self, stop: threading.Event) -> HostBuffer:
+        """Waits for a free buffer; raises Stopped when ``stop`` is set (and :meth:`wake` called) meanwhile."""
+        with self._changed:
+            while True:
+                if stop.is_set():
+                    raise Stopped
+                if self._free:
+                    return self._free.pop()
+                if len(self._buffers) < self.count:
+                    self._buffers.append(self._allocate(self.nbytes))
+                    return self._buffers[-1]
+                self._changed.wait()
+
+    def release(self, buffer: HostBuffer) -> None:
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Has all waiters look at their ``stop`` again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Frees the memory.  Requires: no buffer is in use."""
+        with self._changed:
+            while self._buffers:
+                self._buffers.pop().free()
+            self._free.clear()
+
 
 class Slots:
-    """Page-aligned buffers of ``nbytes`` bytes, made when first needed and kept for reuse.
+    """Page-aligned buffers of ``nbytes`` bytes, made when first needed and kept for reuse; and the rings.
 
     May be used from any thread.  A worker borrows one at a time, so there are at most as many as there were workers at
-    any moment, and nobody ever waits for one.
+    any moment, and nobody ever waits for one.  A ring has a fixed number, ``pinned_count`` where devices copy.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, pinned_count: int = 4) -> None:
         self.nbytes = nbytes
+        self._pinned_count = pinned_count
         self._free: list[memoryview] = []
+        self._rings: dict[bool, Ring] = {}
+        self._devices: dict[str, Runtime] = {}
+        self._lock = threading.Lock()
 
     def borrow(self) -> memoryview:
         try:
@@ -38,9 +92,27 @@ class Slots:
     def give_back(self, slot: memoryview) -> None:
         self._free.append(slot)
 
+    def ring(self, runtime: Runtime) -> Ring:
+        """One of pinned buffers for all devices, one of ordinary ones for the host, made when first asked for."""
+        is_pinned = runtime is not HOST
+        with self._lock:
+            if is_pinned:
+                self._devices[runtime.name] = runtime
+            if is_pinned not in self._rings:
+                count = self._pinned_count if is_pinned else _HOST_RING_COUNT
+                self._rings[is_pinned] = Ring(self.nbytes, count, runtime.allocate)
+            return self._rings[is_pinned]
+
     def close(self) -> None:
-        """Frees the memory of every slot that is not lent."""
+        """Frees the memory of every slot that is not lent, and what the devices keep for their copies.
+
+        Requires: none of the ring is lent.
+        """
         self._free.clear()
+        for ring in self._rings.values():
+            ring.close()
+        for runtime in self._devices.values():
+            runtime.trim()
 
 
 class LazySlot:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from gpusaver.bundle import layout as layout_module
 from gpusaver.bundle.layout import LARGE_NBYTES, MAX_PIECES, PAGE, Chunk, chunks, plan_layout
 
-SMALL_ALIGNMENT = (1, 16, 256)
 # Tensors count as large from here on in these tests, so that a few kilobytes show everything.
 LARGE = 3 * PAGE
 
@@ -42,7 +41,7 @@ windows = st.integers(1, 5).map(lambda pages: pages * PAGE)
 def plan(given_tensors: list[Tensor]) -> layout_module.Layout:
     nbytes, owners, shards = ([tensor[column] for tensor in given_tensors] for column in range(3))
     with mock.patch.object(layout_module, "LARGE_NBYTES", LARGE):
-        return plan_layout(nbytes, owners, shards, 3, small_alignment=SMALL_ALIGNMENT)
+        return plan_layout(nbytes, owners, shards, 3)
 
 
 def check_coverage(found: Iterable[Chunk], shard: Any, offset: Any, nbytes: Any, owner: Any) -> None:
@@ -76,8 +75,8 @@ def test_tensors_do_not_overlap_and_are_aligned(given_tensors: list[Tensor]) -> 
         inside.sort(key=lambda t: layout.offset[t])
         end = 0
         for tensor in inside:
-            alignment = PAGE if given_tensors[tensor].nbytes >= LARGE else SMALL_ALIGNMENT[given_tensors[tensor].owner]
-            assert layout.offset[tensor] % alignment == 0
+            if given_tensors[tensor].nbytes >= LARGE:
+                assert layout.offset[tensor] % PAGE == 0
             assert layout.offset[tensor] >= end
             end = layout.offset[tensor] + layout.nbytes[tensor]
         assert end <= shard_nbytes
@@ -137,7 +136,7 @@ def test_arbitrary_ranges_are_read_once(ranges: list[tuple[int, int, int, int]],
 
 def test_many_tiny_tensors_are_split_at_the_limit_of_pieces() -> None:
     count = 2 * MAX_PIECES + 10
-    layout = plan_layout([1] * count, [0] * count, [0] * count, 1, small_alignment=[1])
+    layout = plan_layout([1] * count, [0] * count, [0] * count, 1)
     found = list(layout.chunks(1 << 23))
     check_coverage(found, layout.shard, layout.offset, layout.nbytes, layout.owner)
     assert len(found) == 3
@@ -146,11 +145,11 @@ def test_many_tiny_tensors_are_split_at_the_limit_of_pieces() -> None:
 
 @pytest.mark.parametrize("nbytes", [LARGE_NBYTES - 1, LARGE_NBYTES])
 def test_only_large_tensors_start_on_pages(nbytes: int) -> None:
-    layout = plan_layout([5, nbytes], [0, 0], [0, 0], 1, small_alignment=[1])
+    layout = plan_layout([5, nbytes], [0, 0], [0, 0], 1)
     assert layout.offset.tolist() == ([0, 5] if nbytes < LARGE_NBYTES else [nbytes, 0])
 
 
 def test_nothing_at_all() -> None:
-    layout = plan_layout([], [], [], 1, small_alignment=[])
+    layout = plan_layout([], [], [], 1)
     assert layout.shard_nbytes == (0,)
     assert list(layout.chunks(PAGE)) == []

@@ -90,7 +90,7 @@ class Engine:
 
     ``capacity`` is the memory of a device in bytes.  What tests look at: ``calls`` (the names of the runtime calls that
     can fail, in order), ``violations``, ``compiled`` (source and options of every module), ``ranges`` (NVTX, per name).
-    What they set: ``kernels``, ``has_nvrtc``, ``has_driver``, ``per_thread_default_stream``.
+    What they set: ``kernels``, ``has_nvrtc``, ``has_driver``, ``has_driver_library``, ``per_thread_default_stream``.
     """
 
     def __init__(self, schedule: str | int = 0, devices: int = 2, capacity: int = 64 << 20) -> None:
@@ -119,7 +119,7 @@ class Engine:
         self.kernels: dict[str, Any] = {}
         self.compiled: list[tuple[str, tuple[str, ...]]] = []
         self.ranges: dict[str, int] = {}
-        self.has_nvrtc = self.has_driver = True
+        self.has_nvrtc = self.has_driver = self.has_driver_library = True
         self.per_thread_default_stream = False
 
     # ------------------------------------------------------------------------------------------------- for tests

@@ -6,6 +6,7 @@ _TEXTS = {
     1: ("InvalidValue", "invalid argument"),
     2: ("MemoryAllocation", "out of memory"),
     9: ("InvalidConfiguration", "invalid configuration argument"),
+    12: ("InvalidPitchValue", "invalid pitch argument"),
     35: ("InsufficientDriver", "CUDA driver version is insufficient for CUDA runtime version"),
     100: ("NoDevice", "no CUDA-capable device is detected"),
     101: ("InvalidDevice", "invalid device ordinal"),

@@ -18,9 +18,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from kernels.shim import compiler
 
 from sim.cupy_sim import modules
+from sim.driver import driver_library
 from sim.engine import Engine
+from sim.gpusaver_kernels import install
 from sim.state import activate, deactivate
 
 SCHEDULES: tuple[str | int, ...] = ("late", "eager", "racing", "dragging", 1, 2, 3)
@@ -43,13 +46,17 @@ def simulated_cupy(request: pytest.FixtureRequest) -> Iterator[Simulation]:
 
 
 @contextlib.contextmanager
-def installed(**options: Any) -> Iterator[Simulation]:
+def installed(*, kernels: bool = True, **options: Any) -> Iterator[Simulation]:
     """The simulated CuPy in ``sys.modules``, without any ``gpusaver.device.cuda*`` that was imported before.
 
+    gpusaver's kernels run where there is a compiler for them; without, and with ``kernels=False``, there is no NVRTC.
     At the end it raises if something was done that a real device might let pass, or if a device failed and nobody was
     told.  For tests that need more than one simulation, such as those of Hypothesis.
     """
     simulation = Simulation(**options)
+    simulation.has_nvrtc = kernels and compiler() is not None
+    if simulation.has_nvrtc:
+        install(simulation)
     gc.freeze()  # collecting what the test leaves takes a hundredth of collecting everything
     outer = _forget(lambda name: name.partition(".")[0] in ("cupy", "cupy_backends", "cupyx"))
     outer |= _forget(lambda name: name.startswith("gpusaver.device.cuda"))
@@ -58,7 +65,8 @@ def installed(**options: Any) -> Iterator[Simulation]:
     simulation.cupy = new["cupy"]
     activate(simulation)
     try:
-        yield simulation
+        with driver_library(simulation):
+            yield simulation
         gc.collect()
         simulation.drain()
         assert not simulation.violations, simulation.violations

@@ -168,6 +168,17 @@ def memcpy(dst: int, src: int, size: int, kind: int) -> None:
             engine.synchronize(stream)
 
 
+def memcpy2DAsync(
+    dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: int, stream: int
+) -> None:
+    """``height`` rows of ``width`` bytes, as one operation would."""
+    with active().calling("memcpy2DAsync") as engine:
+        if width > min(dpitch, spitch) or max(dpitch, spitch) >= 1 << 31:
+            raise CUDARuntimeError(12)
+        for row in range(height):
+            _copy(engine, dst + row * dpitch, src + row * spitch, width, kind, engine.stream(stream))
+
+
 def memcpyPeerAsync(dst: int, dstDevice: int, src: int, srcDevice: int, size: int, stream: int) -> None:
     with active().calling("memcpyPeerAsync") as engine:
         if (engine.device_of(dst), engine.device_of(src)) != (dstDevice, srcDevice):
@@ -341,8 +352,14 @@ def streamEndCapture(stream: int) -> int:
 
 
 def streamIsCapturing(stream: int) -> bool:
+    """Of the legacy default stream it cannot say while a stream that synchronises with it is being captured."""
     with active().calling("streamIsCapturing", counted=False) as engine:
-        return engine.stream(stream).capture is not None
+        queue = engine.stream(stream)
+        if queue is engine.legacy[queue.device] and any(
+            capture.origin.blocking and capture.origin.device == queue.device for capture in engine.captures
+        ):
+            raise CUDARuntimeError(906)
+        return queue.capture is not None
 
 
 def graphLaunch(graphExec: int, stream: int) -> None:
