@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpusaver.bundle.coding import printable
+from gpusaver.bundle.entry import Entries, Entry, Ranges
 from gpusaver.bundle.filenames import index_path, split_data_path
-from gpusaver.bundle.index import BundleIndex, Entry
+from gpusaver.bundle.index import BundleIndex
 from gpusaver.bundle.object_graph import OBJECT_GRAPH_KEY, readable_names, variable_name
 from gpusaver.bundle.v1 import V1Bundle
 from gpusaver.checkpoint_state import PathLike, latest_checkpoint, v1_files
@@ -20,7 +21,6 @@ from gpusaver.device import HOST, Runtime
 from gpusaver.errors import InvalidArgumentError, NotFoundError
 from gpusaver.pipeline.assemble import Assembly, Target, allocate, cut, upload
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
-from gpusaver.pipeline.restore import Read
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage, read_bytes
 from gpusaver.storage.local import LocalStorage
@@ -138,18 +138,26 @@ class CheckpointReader:
             return None
         return Located(name, _key(other), entry.spec, entry)
 
-    def expect_lookups(self, count: int) -> None:
-        """So many tensors will be looked for: the index may be decoded as a whole, which is cheaper."""
-        if self._index is not None:
-            self._index.expect_lookups(count)
+    def plain_rows(self, names: Sequence[str]) -> tuple[Entries, list[int | None]] | None:
+        """The entries, and for each name the row of the tensor stored under it, whole and as it lies in memory.
 
-    def plain_entry(self, name: str) -> Entry | None:
-        """The entry of a tensor that is stored under this very name, whole and as it lies in memory; else None."""
+        A row is None, or all of it, where that is not so or not worth finding out for so few.
+        """
         if self._index is None or self._index.big_endian:
             return None
-        key = _key(name)
-        entry = self._index.get(key) if key and key[0] else None
-        return None if entry is None or entry.slices else entry
+        try:
+            keys = list(map(str.encode, names))
+        except UnicodeEncodeError:
+            keys = list(map(_key, names))
+        found = self._index.rows(keys)
+        if found is None or not found[0].others:
+            return found
+        entries, rows = found
+        # Where there are slices they have keys of their own, which might be asked for as names.
+        return entries, [
+            None if row is None or row in entries.others or key[:1] == b"\0" else row
+            for key, row in zip(keys, rows, strict=True)
+        ]
 
     def same_bytes(self, first: Located, second: Located) -> bool:
         """Whether two tensors are known to hold equal bytes; of whole V2 tensors their checksums tell."""
@@ -208,10 +216,10 @@ class TensorRead:
         part = values if wanted is None else cut(values, wanted.index(values.shape))
         self._after.append(lambda: upload(target, part))
 
-    def plain(self, name: str, entry: Entry, array: Any) -> None:
-        """The same for ``entry``, of :meth:`CheckpointReader.plain_entry`, into a NumPy array of the user."""
+    def plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
+        """The same for NumPy arrays of the user and rows of :meth:`CheckpointReader.plain_rows`."""
         assert self._assembly is not None
-        self._assembly.add_read(Read(entry, HOST, array, name, True))
+        self._assembly.add_plain(names, arrays, ranges)
 
     def strings(self, found: Located, deliver: Callable[[list[bytes]], None]) -> None:
         """``deliver`` gets the elements of a string tensor when everything is read and verified."""

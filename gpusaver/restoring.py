@@ -8,6 +8,7 @@ import functools
 import gc
 import logging
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -102,14 +103,14 @@ def _plan_all(
     leaves: Sequence[Leaf], reader: CheckpointReader, *, partial: bool | str, reshape: bool
 ) -> tuple[RestoreReport, TensorRead, list[_Match]]:
     """Compares everything and plans the reads; changes nothing."""
-    reader.expect_lookups(len(leaves))
     read = TensorRead(reader)
     plain, others = _add_plain(leaves, reader, read)
     matches, missing, mismatched = _match(others, reader, reshape)
     _complain(reader, len(leaves), bool(plain or matches), missing, mismatched, partial)
     _check_targets(matches, reader)
     skipped = [name for name, _ in mismatched]
-    report = RestoreReport(reader, sorted({*plain, *[match.leaf.name for match in matches]}), missing, skipped)
+    restored = sorted({*plain, *[match.leaf.name for match in matches]}) if matches else plain
+    report = RestoreReport(reader, restored, missing, skipped)
     for match in matches:
         _plan(read, match, report.values)
     return report, read, matches
@@ -121,21 +122,34 @@ def _add_plain(leaves: Sequence[Leaf], reader: CheckpointReader, read: TensorRea
     Only where every array owns its memory, so that none overlaps another; with arrays of other libraries none of it
     is known.
     """
-    arrays = [leaf.value for leaf in leaves if type(leaf.value) is np.ndarray]
-    if not all(leaf.has_own_memory for leaf in leaves) or len({*map(id, arrays)}) < len(arrays):
+    candidates = [leaf for leaf in leaves if type(leaf[1]) is np.ndarray and leaf[1].base is None]
+    others = [leaf for leaf in leaves if not (type(leaf[1]) is np.ndarray and leaf[1].base is None)]
+    if not all(leaf.has_own_memory for leaf in others) or len({id(leaf[1]) for leaf in candidates}) < len(candidates):
         return [], list(leaves)
-    names, others = [], []
-    for leaf in leaves:
-        value = leaf.value
-        is_plain = type(value) is np.ndarray and value.dtype.kind not in "OSU" and value.flags.writeable
-        if is_plain and leaf.part is None and leaf.dtype is None:
-            entry = reader.plain_entry(leaf.name)
-            if entry is not None and entry.spec.shape == value.shape and known_dtype(value.dtype) is entry.spec.dtype:
-                read.plain(leaf.name, entry, value)
-                names.append(leaf.name)
-                continue
-        others.append(leaf)
-    return names, others
+    found = reader.plain_rows([leaf[0] for leaf in candidates])
+    if found is None:
+        return [], list(leaves)
+    entries, rows = found
+    specs = entries.specs
+    names: list[str] = []
+    arrays: list[Any] = []
+    taken: list[int] = []
+    types: dict[np.dtype[Any], DataType | None] = {}
+    for leaf, row in zip(candidates, rows, strict=True):
+        name, array, _, key, part = leaf
+        dtype = array.dtype
+        if dtype not in types:
+            types[dtype] = known_dtype(dtype) if dtype.isnative else None
+        # A leaf without a key is a Variable's, which may have declared another type.
+        is_plain = key is not None and part is None and array.flags.carray
+        if is_plain and row is not None and specs[row].shape == array.shape and specs[row].dtype is types[dtype]:
+            names.append(name)
+            arrays.append(array)
+            taken.append(row)
+        else:
+            others.append(leaf)
+    read.plain(names, arrays, entries.ranges.take(taken))
+    return names, sorted(others, key=operator.attrgetter("name")) if others else others
 
 
 def _match(

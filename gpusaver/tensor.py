@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from gpusaver.errors import InvalidArgumentError
 
@@ -141,6 +142,10 @@ _SUB_BYTE_BITS = {
     DataType.uint2: 2,
     DataType.float4_e2m1fn: 4,
 }
+
+
+#: Contiguous memory as bytes, or an array that is that memory (then ``nbytes`` counts and nothing else).
+Buffer = memoryview | npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,6 +277,8 @@ def flatten(var_list: Any) -> list[Leaf]:
         leaves.sort(key=_NAME)
     else:
         leaves.sort(key=_by_name)
+    if len(set(map(_NAME, leaves))) == len(leaves):
+        return leaves
     for first, second in itertools.pairwise(leaves):
         if first.name == second.name:
             _check_same_name(first, second)
@@ -308,13 +310,14 @@ def _flatten_mapping(mapping: MutableMapping[Any, Any], scope: str, leaves: list
     for key, value in mapping.items():
         if not isinstance(key, str):
             raise TypeError(f"Name is not a string: key {key!r} {_inside(scope)}")
+        if type(value) is np.ndarray:  # by far the most frequent
+            leaves.append(Leaf(_checked_name(scope + key), value, mapping, key))
+            continue
         _flatten_value(value, scope + key, mapping, key, leaves, above)
 
 
 def _flatten_value(value: Any, name: str, holder: Any, key: Any, leaves: list[Leaf], above: list[int]) -> None:
-    if type(value) is np.ndarray:  # by far the most frequent
-        leaves.append(Leaf(_checked_name(name), value, holder, key))
-    elif isinstance(value, Variable):
+    if isinstance(value, Variable):
         leaves.append(Leaf(_checked_name(name), value.value, value, None))
     elif isinstance(value, PartitionedVariable):
         leaves.append(Leaf(_checked_name(name), value.value, None, None, value))

@@ -14,8 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from itertools import repeat
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -116,44 +115,118 @@ def decode_entry(value: bytes, num_shards: int) -> Entry:
     return Entry(spec, shard, offset, nbytes, message.crc32c, slices)
 
 
-#: The longest rest of an entry, after dtype and shape, that is decoded by columns: two long numbers and two short ones.
-_MAX_TAIL_NBYTES = 40
+#: The longest dtype and shape, and the longest rest of an entry, that are decoded by columns.
+_MAX_HEAD_NBYTES = 32
+_MAX_TAIL_NBYTES = 32
+#: Beyond a tail, so that reading a number may run over its end.
+_MARGIN = 8
 
 
-def decode_entries(values: Sequence[bytes], num_shards: int) -> list[Entry]:
-    """:func:`decode_entry` of each value, by columns: three times as fast where there are thousands.
+class Ranges(NamedTuple):
+    """Where the bytes of tensors lie, one row each, and their checksums in the masked form."""
+
+    shard: Column
+    offset: Column
+    nbytes: Column
+    crc: Column
+
+    def take(self, rows: Sequence[int]) -> Ranges:
+        return Ranges(*(column[rows] for column in self))
+
+
+class Entries(Sequence[Entry]):
+    """All entries of an index, by columns: an object each costs a second decoding.
+
+    ``others``: the rows that are not as every writer writes a whole tensor of fixed size, and so not in the columns.
+    """
+
+    def __init__(self, specs: list[TensorSpec], ranges: Ranges, others: dict[int, Entry]) -> None:
+        self.specs = specs
+        self.ranges = ranges
+        self.others = others
+
+    @classmethod
+    def joined(cls, parts: Sequence[Entries]) -> Entries:
+        """The rows of all parts, behind one another."""
+        if len(parts) == 1:
+            return parts[0]
+        others: dict[int, Entry] = {}
+        specs: list[TensorSpec] = []
+        for part in parts:
+            others |= {len(specs) + row: entry for row, entry in part.others.items()}
+            specs += part.specs
+        columns = zip(*[part.ranges for part in parts], strict=True)
+        return cls(specs, Ranges(*map(np.concatenate, columns)), others)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    @overload
+    def __getitem__(self, row: int) -> Entry: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[Entry]: ...
+
+    def __getitem__(self, row: int | slice) -> Entry | list[Entry]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        other = self.others.get(row)
+        if other is not None:
+            return other
+        shard, offset, nbytes, crc = self.ranges
+        return Entry(self.specs[row], int(shard[row]), int(offset[row]), int(nbytes[row]), int(crc[row]))
+
+
+def decode_entries(data: bytes, starts: Sequence[int], ends: Sequence[int], num_shards: int) -> Entries:
+    """:func:`decode_entry` of each ``data[start:end]``, by columns: ten times as fast where there are thousands.
 
     Entries that are not as every writer writes them, or not sound, are left to that function.
     """
-    heads, tails = [], []
-    for value in values:
-        head_nbytes = 4 + value[3] if len(value) > 4 and value[0] == 0x08 and value[2] == 0x12 else 0
-        if not head_nbytes or value[1] | value[3] > 127 or not 0 < len(value) - head_nbytes <= _MAX_TAIL_NBYTES - 8:
-            heads.append(b"")
-            tails.append(b"")
-        else:
-            heads.append(value[:head_nbytes])
-            tails.append(value[head_nbytes:])
+    first = np.asarray(starts, np.int64)
+    nbytes = np.asarray(ends, np.int64) - first
+    octets = np.frombuffer(data + bytes(_MAX_HEAD_NBYTES + _MAX_TAIL_NBYTES + _MARGIN), np.uint8)
+    # As every writer orders it: dtype and shape come first, and tensors of one kind share these bytes.
+    head_nbytes = 4 + octets[first + 3].astype(np.int64)
+    is_usual = (octets[first] == 0x08) & (octets[first + 2] == 0x12) & (octets[first + 1] | octets[first + 3] < 128)
+    is_usual &= (head_nbytes <= _MAX_HEAD_NBYTES) & (head_nbytes < nbytes) & (nbytes - head_nbytes <= _MAX_TAIL_NBYTES)
+    head_nbytes[~is_usual] = 0
+    tail_nbytes = np.where(is_usual, nbytes - head_nbytes, 0)
+    found = [_NO_HEAD] * len(first)
+    heads = _rows(octets, first, head_nbytes, _MAX_HEAD_NBYTES).view(f"S{_MAX_HEAD_NBYTES}").ravel().tolist()
     try:
-        specs = [_decode_head(head) if head else _NO_HEAD for head in heads]
+        kinds = {head: _decode_head(_restored(head)) if head else _NO_HEAD for head in set(heads)}
+        found = [kinds[head] for head in heads]
     except (DecodeError, DataLossError, UnimplementedError):
-        return [decode_entry(value, num_shards) for value in values]  # which says what is wrong, and with which
-    octets = np.frombuffer(b"".join([tail.ljust(_MAX_TAIL_NBYTES, b"\0") for tail in tails]), np.uint8)
-    shard, offset, nbytes, crc, is_sound = _decode_tails(octets.reshape(-1, _MAX_TAIL_NBYTES), list(map(len, tails)))
-    is_sound &= (shard < num_shards) & (
-        nbytes == np.fromiter((expected for _, expected in specs), np.int64, len(specs))
-    )
-    columns = zip(
-        [spec for spec, _ in specs], shard.tolist(), offset.tolist(), nbytes.tolist(), crc.tolist(), repeat(())
-    )
-    entries = list(map(Entry._make, columns))
+        pass  # each entry alone says what is wrong, and with which
+    tails = _rows(octets, first + head_nbytes, tail_nbytes, _MAX_TAIL_NBYTES + _MARGIN)
+    *columns, is_sound = _decode_tails(tails, tail_nbytes)
+    ranges = Ranges(*columns)
+    expected = np.fromiter([size for _, size in found], np.int64, len(found))
+    is_sound &= (ranges.shard < num_shards) & (ranges.nbytes == expected)
+    specs = [spec for spec, _ in found]
+    others = {}
     for row in np.flatnonzero(~is_sound).tolist():
-        entries[row] = decode_entry(values[row], num_shards)
-    return entries
+        others[row] = decode_entry(data[starts[row] : ends[row]], num_shards)
+        specs[row] = others[row].spec
+    return Entries(specs, ranges, others)
+
+
+def _rows(octets: npt.NDArray[np.uint8], first: Column, nbytes: Column, width: int) -> npt.NDArray[np.uint8]:
+    """Rows of ``width`` octets: ``nbytes`` of them from ``first`` on, then zeros."""
+    number = np.arange(width)
+    rows: npt.NDArray[np.uint8] = octets[first[:, None] + number]
+    rows *= number < nbytes[:, None]
+    return rows
+
+
+def _restored(head: bytes) -> bytes:
+    """A head whose zeros at the end were taken for filling."""
+    head = head.ljust(4, b"\0")
+    return head.ljust(4 + head[3], b"\0")
 
 
 def _decode_tails(
-    octets: npt.NDArray[np.uint8], tail_nbytes: Sequence[int]
+    octets: npt.NDArray[np.uint8], tail_nbytes: Column
 ) -> tuple[Column, Column, Column, Column, npt.NDArray[np.bool_]]:
     """Shard, offset, size and checksum of each row, and whether the row holds these and nothing else."""
     rows = np.arange(len(octets))
@@ -173,7 +246,7 @@ def _decode_tails(
             is_open = is_open & (octet > 127)
         is_sound &= ~is_open
         numbers.append(number)
-    is_sound &= (octets[rows, position] == 0x35) & (position + 5 == np.array(tail_nbytes, np.int64))
+    is_sound &= (octets[rows, position] == 0x35) & (position + 5 == tail_nbytes)
     crc = np.zeros(len(octets), np.int64)
     for number_of_octet in range(4):
         crc |= octets[rows, position + 1 + number_of_octet].astype(np.int64) << (8 * number_of_octet)

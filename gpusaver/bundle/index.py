@@ -19,7 +19,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from gpusaver.bundle.coding import printable
-from gpusaver.bundle.entry import Entry, decode_entries, decode_entry, encode_entry
+from gpusaver.bundle.entry import Entries, Entry, decode_entries, decode_entry, encode_entry
 from gpusaver.bundle.slices import slice_key
 from gpusaver.bundle.table_reader import Table
 from gpusaver.bundle.table_writer import TRAILER_NBYTES, TableWriter, block_trailer
@@ -47,7 +47,8 @@ class BundleIndex:
         self.name = name
         self._table = Table(data, name)
         self._slice_keys: set[bytes] | None = None
-        self._entries: dict[bytes, Entry] | None = None
+        self._rows: dict[bytes, int] = {}
+        self._entries: Entries | None = None
         value = self._table.get(_HEADER_KEY)
         if value is None:
             raise DataLossError(f"{name}: a table, but not the index of a checkpoint: it has no header")
@@ -72,19 +73,32 @@ class BundleIndex:
     def get(self, key: bytes) -> Entry | None:
         """The entry under a tensor name or a slice key, or None."""
         if self._entries is not None:
-            return self._entries.get(key)
+            row = self._rows.get(key)
+            return None if row is None else self._entries[row]
         value = self._table.get(key) if key != _HEADER_KEY else None
         return None if value is None else self._decode(key, value)
 
-    def expect_lookups(self, count: int) -> None:
-        """Decodes all entries at once if that is cheaper than ``count`` lookups, one by one."""
-        if self._entries is None and count > _MIN_BULK_LOOKUPS and count * _BULK_ENTRY_NBYTES > self._table.nbytes:
-            items = [item for item in self._table.items() if item[0] != _HEADER_KEY]
+    def rows(self, keys: Sequence[bytes]) -> tuple[Entries, list[int | None]] | None:
+        """All entries, and the rows of these keys among them; None if that costs more than to get each alone."""
+        if self._entries is None:
+            if len(keys) < _MIN_BULK_LOOKUPS or len(keys) * _BULK_ENTRY_NBYTES < self._table.nbytes:
+                return None
             try:
-                entries = decode_entries([value for _, value in items], self.num_shards)
+                self._decode_all()
             except (DataLossError, UnimplementedError):
-                return  # what is wrong is said when the entry is asked for
-            self._entries = dict(zip([key for key, _ in items], entries, strict=True))
+                return None  # what is wrong is said when the entry is asked for
+        assert self._entries is not None
+        return self._entries, list(map(self._rows.get, keys))
+
+    def _decode_all(self) -> None:
+        all_keys: list[bytes] = []
+        entries: list[Entries] = []
+        for keys, data, starts, ends in self._table.columns():
+            skipped = 1 if keys[:1] == [_HEADER_KEY] else 0
+            all_keys += keys[skipped:]
+            entries.append(decode_entries(data, starts[skipped:], ends[skipped:], self.num_shards))
+        self._rows = dict(zip(all_keys, range(len(all_keys)), strict=True))
+        self._entries = Entries.joined(entries)
 
     def items(self) -> Iterator[tuple[bytes, Entry]]:
         """All entries as stored, slice keys included, in key order."""

@@ -16,6 +16,8 @@ order in which they are given (the order of their keys) among the large and amon
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,15 +44,43 @@ class Piece(NamedTuple):
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Chunk:
-    """``nbytes`` bytes at ``offset`` of a shard; between pieces lie gaps."""
+    """``nbytes`` bytes at ``offset`` of a shard; between pieces lie gaps.
+
+    ``tensors``: those that have a part here, ascending; ``starts`` and ``ends``: where each of them lies in the shard.
+    Only the first and the last may reach beyond the chunk.
+    """
 
     shard: int
     owner: int
     offset: int
     nbytes: int
-    pieces: list[Piece]
+    tensors: list[int]
+    starts: list[int]
+    ends: list[int]
+
+    @functools.cached_property
+    def pieces(self) -> list[Piece]:
+        return [self.piece(number) for number in range(len(self.tensors))]
+
+    def piece(self, number: int) -> Piece:
+        """The part of ``tensors[number]``."""
+        start, end = self.starts[number], self.ends[number]
+        begin = max(start, self.offset)
+        nbytes = min(end, self.offset + self.nbytes) - begin
+        return Piece(self.tensors[number], begin - start, begin - self.offset, nbytes)
+
+    @property
+    def cut(self) -> list[int]:
+        """Numbers of the tensors of which only a part is here: none, the first, the last, or both."""
+        end, last = self.offset + self.nbytes, len(self.tensors) - 1
+        return [number for number in {0, last} if self.starts[number] < self.offset or self.ends[number] > end]
+
+    @property
+    def has_gaps(self) -> bool:
+        is_covered = self.starts[0] <= self.offset and self.ends[-1] >= self.offset + self.nbytes
+        return not is_covered or self.starts[1:] != self.ends[:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +193,12 @@ def _windows(
     current = 0
     while position < run_end:
         stop = min(position + chunk_nbytes, run_end)
-        if current + MAX_PIECES < len(starts) and starts[current + MAX_PIECES] < stop:
+        after = bisect.bisect_left(starts, stop, current)
+        if after - current > MAX_PIECES:
             # A page holds fewer than MAX_PIECES pieces, so this still moves on.
             stop = max(position + PAGE, position + (starts[current + MAX_PIECES] - position) // PAGE * PAGE)
-        pieces = []
-        while current < len(starts) and starts[current] < stop:
-            start, end = starts[current], ends[current]
-            begin = max(start, position)
-            pieces.append(Piece(tensors[current], begin - start, begin - position, min(end, stop) - begin))
-            if end > stop:
-                break
-            current += 1
-        yield Chunk(shard, owner, position, stop - position, pieces)
+            after = bisect.bisect_left(starts, stop, current)
+        members = slice(current, after)
+        yield Chunk(shard, owner, position, stop - position, tensors[members], starts[members], ends[members])
+        current = after - (ends[after - 1] > stop)
         position = stop

@@ -61,9 +61,23 @@ class Table:
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """All entries in ascending order of their keys."""
+        for keys, data, starts, ends in self.columns():
+            for key, start, end in zip(keys, starts, ends, strict=True):
+                yield key, data[start:end]
+
+    def columns(self) -> Iterator[tuple[list[bytes], bytes, list[int], list[int]]]:
+        """All entries, a block at a time: keys, and the bytes in which each value lies from its start to its end."""
         last = None
         for number, upper in enumerate(self._separators):
-            yield from self._block(number).entries(last=last, upper=upper)
+            block = self._block(number)
+            keys: list[bytes] = []
+            starts: list[int] = []
+            ends: list[int] = []
+            for key, start, end in block.spans(last=last, upper=upper):
+                keys.append(key)
+                starts.append(start)
+                ends.append(end)
+            yield keys, block.data, starts, ends
             last = upper
 
     def _read_footer(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -154,7 +168,7 @@ class _Block:
     """Entries between ``start`` and the restart array that ends at ``stop`` in ``data``."""
 
     def __init__(self, data: bytes, start: int, stop: int, name: str) -> None:
-        self._data = data
+        self.data = data
         self._name = name
         count = int.from_bytes(data[stop - 4 : stop], "little") if stop - start >= 8 else 0
         if not 0 < count <= (stop - start) // 4 - 1:
@@ -188,21 +202,29 @@ class _Block:
     def _first_key(self, run: int) -> bytes:
         return next(self.entries(run), (b"", b""))[0]
 
-    def entries(
+    def entries(self, run: int = 0) -> Iterator[tuple[bytes, bytes]]:
+        """The entries from a run on."""
+        for key, start, end in self.spans(run):
+            yield key, self.data[start:end]
+
+    def spans(
         self, run: int = 0, *, last: bytes | None = None, upper: bytes | None = None
-    ) -> Iterator[tuple[bytes, bytes]]:
-        """The entries from a run on.  Checks that all keys are above ``last`` and none is above ``upper``."""
-        data, position = self._data, self._bounds[run]
+    ) -> Iterator[tuple[bytes, int, int]]:
+        """The keys from a run on, and where each value begins and ends in ``data``.
+
+        Checks that all keys are above ``last`` and none is above ``upper``.
+        """
+        data, position = self.data, self._bounds[run]
         allowance = self._key_allowance
         for run_end in self._bounds[run + 1 :]:
             key = b""
             while position < run_end:
                 at = position
-                if position + 3 <= run_end and (data[position] | data[position + 1] | data[position + 2]) < 128:
+                if position + 3 <= run_end:
                     shared, unshared, value_nbytes = data[position : position + 3]
                     position += 3
-                else:
-                    shared, unshared, value_nbytes, position = self._lengths(position, run_end)
+                if position == at or shared | unshared | value_nbytes > 127:
+                    shared, unshared, value_nbytes, position = self._lengths(at, run_end)
                 value_at = position + unshared
                 if shared > len(key) or value_at + value_nbytes > run_end:
                     raise DataLossError(f"{self._name}: the entry at {at} reaches beyond its key or its block")
@@ -214,7 +236,7 @@ class _Block:
                     raise DataLossError(f"{self._name}: its keys are too long to be true")
                 last = key
                 position = value_at + value_nbytes
-                yield key, data[value_at:position]
+                yield key, value_at, position
         if upper is not None and last is not None and last > upper:
             raise DataLossError(
                 f"{self._name}: key {printable(last)!r} is above {printable(upper)!r}, its block's bound"
@@ -222,9 +244,9 @@ class _Block:
 
     def _lengths(self, position: int, end: int) -> tuple[int, int, int, int]:
         try:
-            shared, position = read_varint32(self._data, position, end)
-            unshared, position = read_varint32(self._data, position, end)
-            value_nbytes, position = read_varint32(self._data, position, end)
+            shared, position = read_varint32(self.data, position, end)
+            unshared, position = read_varint32(self.data, position, end)
+            value_nbytes, position = read_varint32(self.data, position, end)
         except DataLossError as error:
             raise DataLossError(f"{self._name}: {error}") from error
         return shared, unshared, value_nbytes, position

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from gpusaver.tensor import TensorSpec
+from gpusaver.tensor import Buffer, TensorSpec
 
 
 class Event(Protocol):
@@ -68,8 +68,8 @@ class Runtime(Protocol):
         memory is short.  The copies are for :meth:`to_slot` alone.
         """
 
-    def view(self, array: Any, start: int, nbytes: int) -> memoryview | None:
-        """The bytes themselves, writable if the array is, where the host can address them in place; else None."""
+    def view(self, array: Any, start: int, nbytes: int) -> Buffer | None:
+        """The bytes themselves (the array, if all), where the host can address them in place; else None."""
 
     def allocate(self, nbytes: int) -> HostBuffer:
         """Host memory for slots.  ResourceExhaustedError if there is none."""

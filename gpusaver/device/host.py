@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gpusaver.device.base import Event, HostBuffer, Transfer
 from gpusaver.errors import ResourceExhaustedError
-from gpusaver.tensor import TensorSpec
+from gpusaver.tensor import Buffer, TensorSpec
 
 Array = npt.NDArray[Any]
 
@@ -50,16 +50,15 @@ class HostRuntime:
             copies.append(copy)
         return copies, memory
 
-    def view(self, array: Array, start: int, nbytes: int) -> memoryview | None:
+    def view(self, array: Array, start: int, nbytes: int) -> Buffer | None:
         if not is_plain(array):
             return None
-        view = byte_view(array)
-        return view if nbytes == view.nbytes else view[start : start + nbytes]
+        return array if nbytes == array.nbytes else byte_view(array)[start : start + nbytes]
 
     def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
         target: npt.NDArray[np.uint8] | None = None
         for array, start, offset, nbytes in transfers:
-            view = self.view(array, start, nbytes)
+            view = byte_view(array)[start : start + nbytes] if is_plain(array) else None
             if view is not None and nbytes < _RELEASE_GIL_NBYTES:
                 slot[offset : offset + nbytes] = view
                 continue
@@ -75,7 +74,7 @@ class HostRuntime:
     def from_slot(self, transfers: Sequence[Transfer], slot: memoryview, *, checked: bool = False) -> Event | None:
         source: npt.NDArray[np.uint8] | None = None
         for array, start, offset, nbytes in transfers:
-            view = self.view(array, start, nbytes)
+            view = byte_view(array)[start : start + nbytes] if is_plain(array) else None
             if view is not None and nbytes < _RELEASE_GIL_NBYTES:
                 view[:] = slot[offset : offset + nbytes]
                 continue

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from gpusaver.bundle.coding import printable
 from gpusaver.bundle.crc import unmask
+from gpusaver.bundle.entry import Entry, Ranges
 from gpusaver.bundle.filenames import data_path
-from gpusaver.bundle.index import BundleIndex, Entry
+from gpusaver.bundle.index import BundleIndex
 from gpusaver.bundle.slices import check_tiling, intersect, slice_key
 from gpusaver.bundle.strings import decode_strings
 from gpusaver.device import HOST, Runtime, Transfer
 from gpusaver.device.host import byte_view
 from gpusaver.errors import DataLossError, OutOfRangeError, ResourceExhaustedError, UnimplementedError
-from gpusaver.pipeline.restore import Read, read_entries
+from gpusaver.pipeline.restore import Reads, read_entries
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import ReadableFile, Storage
 from gpusaver.tensor import DataType, TensorSlice, TensorSpec
@@ -52,8 +53,8 @@ class Assembly:
         self._sizes: dict[int, int] = {}
         # Stored tensors and slices that are read into memory of our own, however many targets take a part of them.
         self._memory: dict[Entry, Any] = {}
-        self._reads: list[Read] = []
-        self._string_reads: list[Read] = []
+        self._reads = Reads()
+        self._string_reads = Reads()
         self._decode: list[Callable[[], None]] = []
         self._finish: list[Callable[[], None]] = []
 
@@ -74,8 +75,9 @@ class Assembly:
             inside = None if common.resolve(shape) == part.resolve(shape) else common
             self._add_stored(stored, place, inside, part, shape)
 
-    def add_read(self, read: Read) -> None:
-        self._reads.append(read)
+    def add_plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
+        """Whole tensors, stored as they lie in these NumPy arrays of the user."""
+        self._reads.add_plain(names, arrays, ranges)
 
     def _stored_slice(self, key: bytes, entry: Entry, part: TensorSlice) -> Entry:
         stored = self._index.get(slice_key(key, part))
@@ -93,13 +95,13 @@ class Assembly:
         """Reads one entry, which holds ``part`` of a tensor of ``shape``; ``wanted``: only this of it."""
         swap = self._index.big_endian and entry.spec.dtype.swap_width > 1
         if wanted is None and not swap:
-            self._reads.append(Read(entry, target.runtime, target.array, target.name, target.in_place))
+            self._reads.add(entry, target.runtime, target.array, target.name, in_place=target.in_place)
             return
         memory = self._memory.get(entry)
         if memory is None:
             self._check_length(entry, target.name)
             memory = self._memory[entry] = np.empty(entry.spec.shape, entry.spec.dtype.numpy_dtype)
-            self._reads.append(Read(entry, HOST, memory, target.name, in_place=False))
+            self._reads.add(entry, HOST, memory, target.name, in_place=False)
             if swap:
                 self._finish.append(functools.partial(_swap_bytes, memory, entry.spec.dtype.swap_width))
         inside = ... if wanted is None else _relative(wanted, part, shape)
@@ -111,7 +113,7 @@ class Assembly:
             raise UnimplementedError(f"tensor {name}: string tensors stored in slices cannot be put together")
         self._check_length(entry, name)
         memory = np.empty(entry.nbytes, np.uint8)
-        self._string_reads.append(Read(entry, HOST, memory, name, in_place=False, checked=False))
+        self._string_reads.add(entry, HOST, memory, name, in_place=False, checked=False)
         count, big_endian = entry.spec.num_elements, self._index.big_endian
         where = f"{name} in {data_path(self._prefix, entry.shard, self._index.num_shards)}"
 
@@ -128,14 +130,14 @@ class Assembly:
         targets already touched), OutOfRangeError and NotFoundError for data files that are short or missing.
         """
         files: dict[int, ReadableFile] = {}
-        all_reads = self._string_reads + self._reads
+        all_reads = (self._string_reads, self._reads)
         with contextlib.ExitStack() as stack:
-            for shard in sorted({read.entry.shard for read in all_reads if read.entry.nbytes}):
+            for shard in sorted({*all_reads[0].shards, *all_reads[1].shards}):
                 files[shard] = self._storage.open(self._data_path(shard))
                 stack.callback(files[shard].close)
                 self._sizes[shard] = files[shard].size
-            for read in all_reads:
-                self._check_length(read.entry, read.name)
+            for reads in all_reads:
+                self._check_lengths(reads)
             if self._string_reads:
                 # They go into memory of our own and show their damage when decoded: then nothing has been changed yet.
                 read_entries(self._string_reads, files, slots, threads, describe=self._data_path)
@@ -149,6 +151,13 @@ class Assembly:
     def _data_path(self, shard: int) -> str:
         return data_path(self._prefix, shard, self._index.num_shards)
 
+    def _check_lengths(self, reads: Reads) -> None:
+        ranges = reads.ranges
+        for shard in reads.shards:
+            ends = np.where(ranges.shard == shard, ranges.offset + ranges.nbytes, 0)
+            for row in np.flatnonzero((ends > self._sizes[shard]) & (ranges.nbytes > 0)).tolist():
+                self._refuse(reads.names[row], shard, int(ranges.offset[row]), int(ranges.nbytes[row]))
+
     def _check_length(self, entry: Entry, name: str) -> None:
         if not entry.nbytes:
             return
@@ -158,10 +167,13 @@ class Assembly:
             size = self._sizes[entry.shard] = file.size
             file.close()
         if entry.offset + entry.nbytes > size:
-            raise OutOfRangeError(
-                f"{self._data_path(entry.shard)} has {size} bytes, but tensor {name} lies at offset {entry.offset} and "
-                f"has {entry.nbytes}: the file was cut short. Restore an older checkpoint"
-            )
+            self._refuse(name, entry.shard, entry.offset, entry.nbytes)
+
+    def _refuse(self, name: str, shard: int, offset: int, nbytes: int) -> NoReturn:
+        raise OutOfRangeError(
+            f"{self._data_path(shard)} has {self._sizes[shard]} bytes, but tensor {name} lies at offset {offset} and "
+            f"has {nbytes}: the file was cut short. Restore an older checkpoint"
+        )
 
     def check(self, name: str, key: bytes, entry: Entry) -> None:
         """For callers that allocate the target: raises if the tensor is not stored whole, or beyond a file's end."""

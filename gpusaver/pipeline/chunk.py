@@ -9,28 +9,25 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 from gpusaver.bundle.crc import combine, crc32c
 from gpusaver.bundle.layout import Chunk, Piece
+from gpusaver.tensor import Buffer
 
 CHUNK_NBYTES = 8 * 1024 * 1024
 
 
-_NBYTES = operator.attrgetter("nbytes")
-
-
 def vectored_buffers(
-    chunk: Chunk, views: Sequence[memoryview | None], slot: memoryview | None, filler: memoryview
-) -> list[memoryview]:
+    chunk: Chunk, views: Sequence[Buffer | None], slot: memoryview | None, filler: memoryview
+) -> list[Buffer]:
     """Buffers that make up the chunk: a piece's view, or its place in the slot where it has none.
 
     ``filler`` stands for gaps.  Requires: ``slot`` unless every piece has a view.
     """
-    if slot is None and sum(map(_NBYTES, chunk.pieces)) == chunk.nbytes:
+    if slot is None and not chunk.has_gaps:
         return [view for view in views if view is not None]
-    buffers: list[memoryview] = []
+    buffers: list[Buffer] = []
     slot_start = slot_end = position = 0
     for piece, view in zip(chunk.pieces, views, strict=True):
         offset = piece.offset
@@ -55,8 +52,8 @@ def vectored_buffers(
 
 def zero_gaps(chunk: Chunk, slot: memoryview, nbytes: int) -> None:
     """Clears what no piece covers in the first ``nbytes`` of a reused slot: old bytes must not reach the file."""
-    position = 0
-    for piece in chunk.pieces:
+    position = 0 if chunk.has_gaps else chunk.nbytes
+    for piece in chunk.pieces if chunk.has_gaps else ():
         if piece.offset > position:
             slot[position : piece.offset] = bytes(piece.offset - position)
         position = piece.offset + piece.nbytes
@@ -77,7 +74,7 @@ class Checksums:
         #: By tensor: the parts so far, by their ends, as (start, checksum).
         self._parts: dict[int, dict[int, tuple[int, int]]] = {}
 
-    def add(self, piece: Piece, octets: memoryview) -> None:
+    def add(self, piece: Piece, octets: Buffer) -> None:
         """``octets``: the bytes of the piece."""
         tensor, start, _, nbytes = piece
         if nbytes == self._nbytes[tensor]:

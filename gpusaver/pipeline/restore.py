@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import operator
+import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gpusaver.bundle.crc import crc32c, unmask
-from gpusaver.bundle.index import Entry
-from gpusaver.bundle.layout import Chunk, Piece, chunks
+from gpusaver.bundle.entry import Entry, Ranges
+from gpusaver.bundle.layout import Chunk, chunks
 from gpusaver.device import HOST, Runtime, Transfer
+from gpusaver.device.host import is_plain
 from gpusaver.errors import DataLossError
 from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers
 from gpusaver.pipeline.workers import LazySlot, Ring, Slots, work_off
 from gpusaver.storage.base import ReadableFile
+from gpusaver.tensor import Buffer
 
 #: Reading through a gap of this size costs less than a second read.
 _MAX_GAP = 64 * 1024
@@ -25,25 +28,72 @@ _MAX_GAP = 64 * 1024
 _SINK = memoryview(bytearray(_MAX_GAP))
 #: Whoever reads waits for a slot of the ring however long it takes: the writers give them back.
 _NEVER = threading.Event()
+_NONE = np.zeros(0, np.int64)
 
 
-class Read(NamedTuple):
-    """All bytes of one entry, into an array of as many bytes.
+class Reads:
+    """What is to be read: all bytes of an entry into an array of as many bytes, one row each, as columns.
 
-    ``name`` is for messages and, ``in_place`` (the array is the user's own memory), for ``DataLossError.modified``.
-    Entries of strings have their own checksum, verified where they are decoded: ``checked=False``.
+    ``names`` are for messages and, ``in_place`` (the array is the user's own memory), for ``DataLossError.modified``.
+    Entries of strings have their own checksum, verified where they are decoded: not ``checked``.
     """
 
-    entry: Entry
-    runtime: Runtime
-    array: Any
-    name: str
-    in_place: bool
-    checked: bool = True
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.arrays: list[Any] = []
+        self.runtimes: list[Runtime] = []
+        self.in_place: list[bool] = []
+        self.checked: list[bool] = []
+        self._ranges: list[Ranges] = []
+        self._entries: list[Entry] = []
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(
+        self, entry: Entry, runtime: Runtime, array: Any, name: str, *, in_place: bool, checked: bool = True
+    ) -> None:
+        self._entries.append(entry)
+        self.names.append(name)
+        self.arrays.append(array)
+        self.runtimes.append(runtime)
+        self.in_place.append(in_place)
+        self.checked.append(checked)
+
+    def add_plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
+        """The same for many NumPy arrays of the user."""
+        self._close_entries()
+        self._ranges.append(ranges)
+        self.names += names
+        self.arrays += arrays
+        self.runtimes += [HOST] * len(names)
+        self.in_place += [True] * len(names)
+        self.checked += [True] * len(names)
+
+    @property
+    def ranges(self) -> Ranges:
+        """Where the bytes of each row lie."""
+        self._close_entries()
+        if len(self._ranges) != 1:
+            columns = zip(*self._ranges, strict=True)
+            self._ranges = [Ranges(*map(np.concatenate, columns))] if self._ranges else [Ranges(*[_NONE] * 4)]
+        return self._ranges[0]
+
+    @property
+    def shards(self) -> list[int]:
+        """Those that have bytes of any row, ascending."""
+        return np.unique(self.ranges.shard[self.ranges.nbytes > 0]).tolist()  # type: ignore[no-any-return]
+
+    def _close_entries(self) -> None:
+        """The entries so far become columns, in their places among the other rows."""
+        if self._entries:
+            rows = [(entry.shard, entry.offset, entry.nbytes, entry.crc) for entry in self._entries]
+            self._ranges.append(Ranges(*np.array(rows, np.int64).T))
+            self._entries = []
 
 
 def read_entries(
-    reads: Sequence[Read],
+    reads: Reads,
     files: dict[int, ReadableFile],
     slots: Slots,
     threads: int,
@@ -56,32 +106,30 @@ def read_entries(
     ``describe(shard)`` names the data file in errors.  With ``keep=False`` everything is read and verified, nothing
     is written.  Raises DataLossError with ``modified`` set; OutOfRangeError if a file ends early.
     """
-    owners = {id(runtime): number for number, runtime in enumerate({id(r.runtime): r.runtime for r in reads}.values())}
-    column = _columns(reads, owners)
-    verifier = _Verifier(reads, column[2].tolist(), describe)
+    ranges = reads.ranges
+    verifier = _Verifier(reads, describe)
     splitting = threading.Lock()
 
     def read(chunk: Chunk, slot: LazySlot) -> None:
-        runtime = reads[chunk.pieces[0].tensor].runtime
+        runtime = reads.runtimes[chunk.tensors[0]]
+        if keep:
+            # Before reading: what fails half-way has overwritten something, and so have the neighbours of the damaged.
+            verifier.touched(chunk.tensors)
         if keep and runtime is not HOST:
             _read_to_device(chunk, reads, runtime, files[chunk.shard], slots.ring(runtime), verifier)
             return
-        views = _views(chunk, reads, runtime) if keep else [None] * len(chunk.pieces)
-        staged = slot.get() if None in views else None
-        if keep:
-            # Before reading: what fails half-way has overwritten something, and so have the neighbours of the damaged.
-            verifier.touched([piece[0] for piece in chunk.pieces])
+        views = _views(chunk, reads) if keep else [None] * len(chunk.tensors)
+        staged = slot.get() if any(view is None for view in views) else None
         files[chunk.shard].read_into(chunk.offset, vectored_buffers(chunk, views, staged, _SINK))
         if staged is None:
-            verifier.check(chunk.pieces, views)
+            verifier.check(chunk, views)
             return
-        places = _places(chunk, staged)
         verifier.check(
-            chunk.pieces, [place if view is None else view for place, view in zip(places, views, strict=True)]
+            chunk, [place if view is None else view for place, view in zip(_places(chunk, staged), views, strict=True)]
         )
         if keep:
             transfers = [
-                Transfer(reads[piece.tensor].array, piece.start, piece.offset, piece.nbytes)
+                Transfer(reads.arrays[piece.tensor], piece.start, piece.offset, piece.nbytes)
                 for piece, view in zip(chunk.pieces, views, strict=True)
                 if view is None
             ]
@@ -89,7 +137,8 @@ def read_entries(
                 HOST.from_slot(transfers, staged)
 
     try:
-        work_off(chunks(*column, CHUNK_NBYTES, max_gap=_MAX_GAP), read, slots, threads)
+        parts = chunks(*ranges[:3], _owners(reads), CHUNK_NBYTES, max_gap=_MAX_GAP)
+        work_off(parts, read, slots, threads)
         verifier.finish()
     except DataLossError as error:
         raise DataLossError(error.message, modified=verifier.modified if keep else ()) from error
@@ -100,21 +149,20 @@ def read_entries(
 
 
 def _read_to_device(
-    chunk: Chunk, reads: Sequence[Read], runtime: Runtime, file: ReadableFile, ring: Ring, verifier: _Verifier
+    chunk: Chunk, reads: Reads, runtime: Runtime, file: ReadableFile, ring: Ring, verifier: _Verifier
 ) -> None:
     """By way of a pinned slot; the device computes the checksums where it can."""
     slot = ring.acquire(_NEVER)
     try:
-        verifier.touched([piece.tensor for piece in chunk.pieces])
         file.read_into(chunk.offset, [slot.view[: chunk.nbytes]])
-        transfers = [Transfer(reads[piece.tensor].array, *piece[1:]) for piece in chunk.pieces]
+        transfers = [Transfer(reads.arrays[piece.tensor], *piece[1:]) for piece in chunk.pieces]
         event = runtime.from_slot(transfers, slot.view, checked=True)
         assert event is not None  # as of every device
         event.synchronize()
         if event.checksums is not None:
-            verifier.check_computed(chunk.pieces, event.checksums)
+            verifier.check_computed(chunk, event.checksums)
         else:
-            verifier.check(chunk.pieces, _places(chunk, slot.view))
+            verifier.check(chunk, _places(chunk, slot.view))
     finally:
         ring.release(slot)
 
@@ -123,84 +171,85 @@ def _places(chunk: Chunk, slot: memoryview) -> list[memoryview]:
     return [slot[piece.offset : piece.offset + piece.nbytes] for piece in chunk.pieces]
 
 
-def _splits_elements(chunk: Chunk, reads: Sequence[Read]) -> bool:
+def _splits_elements(chunk: Chunk, reads: Reads) -> bool:
     """Whether an element lies partly in this chunk, partly in a neighbour (small tensors are packed without gaps).
 
     In host arrays that are not plain memory such an element is read, changed and written back, by one thread at a time.
     """
-    first, last = chunk.pieces[0], chunk.pieces[-1]
+    first, last = chunk.piece(0), chunk.piece(len(chunk.tensors) - 1)
     return any(
-        border % (reads[piece.tensor].entry.spec.dtype.itemsize or 1)
+        border % reads.arrays[piece.tensor].itemsize
         for piece, border in ((first, first.start), (last, last.start + last.nbytes))
     )
 
 
-def _columns(reads: Sequence[Read], owners: dict[int, int]) -> tuple[Any, Any, Any, Any]:
-    """Shard, offset, size and owner of each read."""
-    shard, offset, nbytes = map(operator.attrgetter, ("entry.shard", "entry.offset", "entry.nbytes"))
-    count = len(reads)
-    return (
-        np.fromiter(map(shard, reads), np.int64, count),
-        np.fromiter(map(offset, reads), np.int64, count),
-        np.fromiter(map(nbytes, reads), np.int64, count),
-        np.fromiter([owners[id(read.runtime)] for read in reads], np.int64, count),
-    )
+def _owners(reads: Reads) -> npt.NDArray[np.int64]:
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(runtime.name, len(numbers)) for runtime in reads.runtimes], np.int64)
 
 
-def _views(chunk: Chunk, reads: Sequence[Read], runtime: Runtime) -> list[memoryview | None]:
+def _views(chunk: Chunk, reads: Reads) -> list[Buffer | None]:
     """The array's own memory, None for what goes through the slot."""
-    view = runtime.view
-    return [view(reads[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces]
+    arrays = [reads.arrays[tensor] for tensor in chunk.tensors]
+    views: list[Buffer | None] = [array if is_plain(array) else None for array in arrays]
+    for number in chunk.cut:
+        piece = chunk.piece(number)
+        views[number] = HOST.view(arrays[number], piece.start, piece.nbytes)
+    return views
 
 
 class _Verifier:
     """Compares checksums, as soon as one piece is a whole tensor, else at the end."""
 
-    def __init__(self, reads: Sequence[Read], nbytes: Sequence[int], describe: Callable[[int], str]) -> None:
+    def __init__(self, reads: Reads, describe: Callable[[int], str]) -> None:
         self._reads = reads
-        self._checksums = Checksums(nbytes)
+        self._nbytes = reads.ranges.nbytes.tolist()
+        self._checksums = Checksums(self._nbytes)
         self._describe = describe
-        self._nbytes = nbytes
-        self._expected = unmask(np.fromiter([read.entry.crc for read in reads], np.uint32, len(reads))).tolist()
-        self._touched: set[int] = set()
+        self._expected = unmask(reads.ranges.crc.astype(np.uint32)).tolist()
+        self._touched: list[list[int]] = []
 
-    def check(self, pieces: Sequence[Piece], buffers: Iterable[Any]) -> None:
+    def check(self, chunk: Chunk, buffers: Sequence[Any]) -> None:
         """``buffers`` hold the bytes of the pieces."""
-        nbytes, expected = self._nbytes, self._expected
-        for piece, octets in zip(pieces, buffers, strict=True):
-            tensor = piece[0]
-            if piece[3] != nbytes[tensor]:
-                self._checksums.add(piece, octets)
-            elif (crc := crc32c(octets)) != expected[tensor]:
+        cut = chunk.cut
+        checksums = list(map(crc32c, buffers))
+        expected = [self._expected[tensor] for tensor in chunk.tensors]
+        if checksums == expected and not cut:
+            return
+        for number, (tensor, crc) in enumerate(zip(chunk.tensors, checksums, strict=True)):
+            if number in cut:
+                self._checksums.add(chunk.piece(number), buffers[number])
+            elif crc != expected[number]:
                 self._compare(tensor, crc)
 
-    def check_computed(self, pieces: Sequence[Piece], checksums: Sequence[int]) -> None:
+    def check_computed(self, chunk: Chunk, checksums: Sequence[int]) -> None:
         """The same, where a device has computed the checksums."""
-        self._checksums.add_computed(pieces, checksums)
-        for (tensor, _, _, nbytes), crc in zip(pieces, checksums, strict=True):
+        self._checksums.add_computed(chunk.pieces, checksums)
+        for (tensor, _, _, nbytes), crc in zip(chunk.pieces, checksums, strict=True):
             if nbytes == self._nbytes[tensor]:
                 self._compare(tensor, crc)
 
-    def touched(self, tensors: Iterable[int]) -> None:
-        self._touched.update(tensors)
+    def touched(self, tensors: list[int]) -> None:
+        self._touched.append(tensors)
 
     @property
     def modified(self) -> tuple[str, ...]:
-        return tuple(sorted({self._reads[tensor].name for tensor in self._touched if self._reads[tensor].in_place}))
+        reads = self._reads
+        tensors = itertools.chain(*list(self._touched))
+        return tuple(sorted({reads.names[tensor] for tensor in tensors if reads.in_place[tensor]}))
 
     def finish(self) -> None:
         for tensor, crc in self._checksums.finished().items():
             self._compare(tensor, crc)
-        for tensor, nbytes in enumerate(self._nbytes):
-            if not nbytes:
-                self._compare(tensor, 0)
+        for tensor in np.flatnonzero(self._reads.ranges.nbytes == 0).tolist():
+            self._compare(tensor, 0)
 
     def _compare(self, tensor: int, crc: int) -> None:
-        read = self._reads[tensor]
         expected = self._expected[tensor]
-        if read.checked and crc != expected:
+        if self._reads.checked[tensor] and crc != expected:
+            shard, offset, nbytes, _ = (int(column[tensor]) for column in self._reads.ranges)
             raise DataLossError(
-                f"{self._describe(read.entry.shard)}: the bytes of tensor {read.name} are damaged. Checksum does not "
-                f"match: stored {expected:#010x} vs. calculated on the restored bytes {crc:#010x} "
-                f"({read.entry.nbytes} bytes at offset {read.entry.offset}). Restore an older checkpoint"
+                f"{self._describe(shard)}: the bytes of tensor {self._reads.names[tensor]} are damaged. Checksum does "
+                f"not match: stored {expected:#010x} vs. calculated on the restored bytes {crc:#010x} "
+                f"({nbytes} bytes at offset {offset}). Restore an older checkpoint"
             )

@@ -16,6 +16,7 @@ from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers, z
 from gpusaver.pipeline.staging import Filled, Staging
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import WritableFile
+from gpusaver.tensor import Buffer
 
 _ZEROS = memoryview(bytes(64 * 1024))
 
@@ -116,7 +117,9 @@ def _write_from_host(
     on_read: Callable[[], None],
 ) -> None:
     """Writes from the arrays themselves; what does not lie there as it is stored goes through the worker's slot."""
-    views = [HOST.view(sources[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces]
+    views: list[Buffer | None] = [
+        HOST.view(sources[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces
+    ]
     buffers = _stage_rest(chunk, sources, views, slot, checksums)
     is_copied = all(view is None for view in views)
     if is_copied:
@@ -147,8 +150,8 @@ def _transfers(chunk: Chunk, sources: Sequence[Source]) -> list[Transfer]:
 
 
 def _stage_rest(
-    chunk: Chunk, sources: Sequence[Source], views: list[memoryview | None], slot: LazySlot, checksums: Checksums
-) -> list[memoryview]:
+    chunk: Chunk, sources: Sequence[Source], views: list[Buffer | None], slot: LazySlot, checksums: Checksums
+) -> list[Buffer]:
     """Buffers for a vectored write: pieces from their arrays, where they have no view copied into the slot."""
     staged: memoryview | None = None
     for piece, view in zip(chunk.pieces, views, strict=True):

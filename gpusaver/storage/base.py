@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from gpusaver.errors import InvalidArgumentError
-
-Buffer = memoryview  # of bytes, C-contiguous: what write_at and read_into move
+from gpusaver.tensor import Buffer
 
 
 class WritableFile(Protocol):

@@ -12,9 +12,12 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
 
 from gpusaver.errors import Error, OutOfRangeError, from_os_error
-from gpusaver.storage.base import Buffer
+from gpusaver.tensor import Buffer
 
 #: What O_DIRECT wants of offset, length and address on every device in use (512 would do on some).
 DIRECT_ALIGNMENT = 4096
@@ -46,7 +49,7 @@ def _translated(action: str, path: str) -> Iterator[None]:
 _NBYTES = operator.attrgetter("nbytes")
 
 
-def _move(call: Callable[[int, Sequence[Buffer], int], int], fd: int, offset: int, buffers: Sequence[Buffer]) -> int:
+def _move(call: Callable[[int, Any, int], int], fd: int, offset: int, buffers: Sequence[Buffer]) -> int:
     """Runs ``os.pwritev`` or ``os.preadv`` until all is moved or nothing moves; returns the bytes moved."""
     moved = 0
     pending = list(filter(_NBYTES, buffers))
@@ -54,7 +57,7 @@ def _move(call: Callable[[int, Sequence[Buffer], int], int], fd: int, offset: in
     while first < len(pending):
         batch = pending[first : first + _MAX_BUFFERS]
         if batch[0].nbytes > _MAX_BYTES:
-            batch = [batch[0][:_MAX_BYTES]]
+            batch = [_octets(batch[0])[:_MAX_BYTES]]
         count = call(fd, batch, offset + moved)
         if count == 0:
             break
@@ -66,8 +69,12 @@ def _move(call: Callable[[int, Sequence[Buffer], int], int], fd: int, offset: in
             count -= pending[first].nbytes
             first += 1
         if count:
-            pending[first] = pending[first][count:]
+            pending[first] = _octets(pending[first])[count:]
     return moved
+
+
+def _octets(buffer: Buffer) -> memoryview:
+    return np.frombuffer(buffer, np.uint8).data  # memoryview() knows no bfloat16
 
 
 class LocalWritableFile:

@@ -18,11 +18,11 @@ parts = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 30), st.booleans()
 
 
 def chunk_of(given_parts: list[tuple[int, int, bool]]) -> Chunk:
-    pieces, end = [], 0
-    for number, (gap, nbytes, _) in enumerate(given_parts):
-        pieces.append(Piece(number, 0, end + gap, nbytes))
-        end += gap + nbytes
-    return Chunk(0, 0, 0, end, pieces)
+    starts, ends = [], [0]
+    for gap, nbytes, _ in given_parts:
+        starts.append(ends[-1] + gap)
+        ends.append(starts[-1] + nbytes)
+    return Chunk(0, 0, 0, ends[-1], list(range(len(starts))), starts, ends[1:])
 
 
 @given(parts, st.integers(1, 8))
@@ -84,14 +84,14 @@ def test_checksums_of_pieces_in_any_order(content: bytes, data: st.DataObject) -
 
 
 def test_a_slot_is_not_needed_if_every_piece_has_its_own_memory() -> None:
-    chunk = Chunk(0, 0, 0, 6, [Piece(0, 0, 0, 3), Piece(1, 0, 3, 3)])
+    chunk = Chunk(0, 0, 0, 6, [0, 1], [0, 3], [3, 6])
     views: list[memoryview | None] = [memoryview(b"abc"), memoryview(b"def")]
     assert [bytes(b) for b in vectored_buffers(chunk, views, None, memoryview(b"."))] == [b"abc", b"def"]
 
 
 @pytest.mark.parametrize("gap", [0, 1])
 def test_neighbours_in_the_slot_are_one_buffer(gap: int) -> None:
-    chunk = Chunk(0, 0, 0, 6 + gap, [Piece(0, 0, 0, 3), Piece(1, 0, 3 + gap, 3)])
+    chunk = Chunk(0, 0, 0, 6 + gap, [0, 1], [0, 3 + gap], [3, 6 + gap])
     slot = memoryview(b"abc?def" if gap else b"abcdef")
     found = [bytes(buffer) for buffer in vectored_buffers(chunk, [None, None], slot, memoryview(b"..."))]
     assert found == ([b"abc", b".", b"def"] if gap else [b"abcdef"])
