@@ -122,8 +122,11 @@ def _add_plain(leaves: Sequence[Leaf], reader: CheckpointReader, read: TensorRea
     Only where every array owns its memory, so that none overlaps another; with arrays of other libraries none of it
     is known.
     """
-    candidates = [leaf for leaf in leaves if type(leaf[1]) is np.ndarray and leaf[1].base is None]
-    others = [leaf for leaf in leaves if not (type(leaf[1]) is np.ndarray and leaf[1].base is None)]
+    candidates: list[Leaf] = []
+    others: list[Leaf] = []
+    for leaf in leaves:
+        is_own = type(leaf[1]) is np.ndarray and leaf[1].base is None
+        (candidates if is_own else others).append(leaf)
     if not all(leaf.has_own_memory for leaf in others) or len({id(leaf[1]) for leaf in candidates}) < len(candidates):
         return [], list(leaves)
     found = reader.plain_rows([leaf[0] for leaf in candidates])

@@ -311,7 +311,8 @@ def _flatten_mapping(mapping: MutableMapping[Any, Any], scope: str, leaves: list
         if not isinstance(key, str):
             raise TypeError(f"Name is not a string: key {key!r} {_inside(scope)}")
         if type(value) is np.ndarray:  # by far the most frequent
-            leaves.append(Leaf(_checked_name(scope + key), value, mapping, key))
+            name = scope + key
+            leaves.append(Leaf(name if name and name.isascii() else _checked_name(name), value, mapping, key))
             continue
         _flatten_value(value, scope + key, mapping, key, leaves, above)
 

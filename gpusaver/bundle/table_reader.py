@@ -28,6 +28,10 @@ _MAX_UNCOMPRESSED_BLOCK = 64 << 20
 _LOOKUPS_BEFORE_DICT = 64
 
 
+#: Keys, and the bytes in which the value of each lies from its start to its end.
+Columns = tuple[list[bytes], bytes, list[int], list[int]]
+
+
 class Table:
     """The sorted entries of a table file held in ``data``; ``name`` says in messages which file it is.
 
@@ -65,19 +69,12 @@ class Table:
             for key, start, end in zip(keys, starts, ends, strict=True):
                 yield key, data[start:end]
 
-    def columns(self) -> Iterator[tuple[list[bytes], bytes, list[int], list[int]]]:
-        """All entries, a block at a time: keys, and the bytes in which each value lies from its start to its end."""
+    def columns(self) -> Iterator[Columns]:
+        """All entries in ascending order of their keys, a block at a time."""
         last = None
         for number, upper in enumerate(self._separators):
             block = self._block(number)
-            keys: list[bytes] = []
-            starts: list[int] = []
-            ends: list[int] = []
-            for key, start, end in block.spans(last=last, upper=upper):
-                keys.append(key)
-                starts.append(start)
-                ends.append(end)
-            yield keys, block.data, starts, ends
+            yield block.columns(last=last, upper=upper)
             last = upper
 
     def _read_footer(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -194,26 +191,30 @@ class _Block:
         # The key can only be in the last of the runs that do not begin after it.
         run = bisect.bisect_right(range(len(self._bounds) - 1), key, key=self._first_key) - 1
         if run >= 0:
-            for found, value in self.entries(run):
-                if found >= key:
-                    return value if found == key else None
+            found, _, starts, ends = self.columns(run, until=key)
+            if found and found[-1] == key:
+                return self.data[starts[-1] : ends[-1]]
         return None
 
     def _first_key(self, run: int) -> bytes:
-        return next(self.entries(run), (b"", b""))[0]
+        keys, *_ = self.columns(run, until=b"")
+        return keys[0] if keys else b""
 
-    def entries(self, run: int = 0) -> Iterator[tuple[bytes, bytes]]:
-        """The entries from a run on."""
-        for key, start, end in self.spans(run):
-            yield key, self.data[start:end]
+    def entries(self) -> Iterator[tuple[bytes, bytes]]:
+        keys, data, starts, ends = self.columns()
+        for key, start, end in zip(keys, starts, ends, strict=True):
+            yield key, data[start:end]
 
-    def spans(
-        self, run: int = 0, *, last: bytes | None = None, upper: bytes | None = None
-    ) -> Iterator[tuple[bytes, int, int]]:
-        """The keys from a run on, and where each value begins and ends in ``data``.
+    def columns(
+        self, run: int = 0, *, until: bytes | None = None, last: bytes | None = None, upper: bytes | None = None
+    ) -> Columns:
+        """The entries from a run on, up to the first whose key is not below ``until``.
 
         Checks that all keys are above ``last`` and none is above ``upper``.
         """
+        keys: list[bytes] = []
+        starts: list[int] = []
+        ends: list[int] = []
         data, position = self.data, self._bounds[run]
         allowance = self._key_allowance
         for run_end in self._bounds[run + 1 :]:
@@ -236,11 +237,16 @@ class _Block:
                     raise DataLossError(f"{self._name}: its keys are too long to be true")
                 last = key
                 position = value_at + value_nbytes
-                yield key, value_at, position
+                keys.append(key)
+                starts.append(value_at)
+                ends.append(position)
+                if until is not None and key >= until:
+                    return keys, data, starts, ends
         if upper is not None and last is not None and last > upper:
             raise DataLossError(
                 f"{self._name}: key {printable(last)!r} is above {printable(upper)!r}, its block's bound"
             )
+        return keys, data, starts, ends
 
     def _lengths(self, position: int, end: int) -> tuple[int, int, int, int]:
         try:

@@ -44,6 +44,8 @@ class Reads:
         self.runtimes: list[Runtime] = []
         self.in_place: list[bool] = []
         self.checked: list[bool] = []
+        #: Of NumPy arrays whose memory holds the stored bytes as they are.
+        self.is_plain: list[bool] = []
         self._ranges: list[Ranges] = []
         self._entries: list[Entry] = []
 
@@ -59,9 +61,10 @@ class Reads:
         self.runtimes.append(runtime)
         self.in_place.append(in_place)
         self.checked.append(checked)
+        self.is_plain.append(runtime is HOST and is_plain(array))
 
     def add_plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
-        """The same for many NumPy arrays of the user."""
+        """The same for many plain NumPy arrays of the user."""
         self._close_entries()
         self._ranges.append(ranges)
         self.names += names
@@ -69,6 +72,7 @@ class Reads:
         self.runtimes += [HOST] * len(names)
         self.in_place += [True] * len(names)
         self.checked += [True] * len(names)
+        self.is_plain += [True] * len(names)
 
     @property
     def ranges(self) -> Ranges:
@@ -190,11 +194,11 @@ def _owners(reads: Reads) -> npt.NDArray[np.int64]:
 
 def _views(chunk: Chunk, reads: Reads) -> list[Buffer | None]:
     """The array's own memory, None for what goes through the slot."""
-    arrays = [reads.arrays[tensor] for tensor in chunk.tensors]
-    views: list[Buffer | None] = [array if is_plain(array) else None for array in arrays]
+    arrays, is_plain = reads.arrays, reads.is_plain
+    views: list[Buffer | None] = [arrays[tensor] if is_plain[tensor] else None for tensor in chunk.tensors]
     for number in chunk.cut:
         piece = chunk.piece(number)
-        views[number] = HOST.view(arrays[number], piece.start, piece.nbytes)
+        views[number] = HOST.view(arrays[piece.tensor], piece.start, piece.nbytes)
     return views
 
 

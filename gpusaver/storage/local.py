@@ -49,28 +49,30 @@ def _translated(action: str, path: str) -> Iterator[None]:
 _NBYTES = operator.attrgetter("nbytes")
 
 
-def _move(call: Callable[[int, Any, int], int], fd: int, offset: int, buffers: Sequence[Buffer]) -> int:
-    """Runs ``os.pwritev`` or ``os.preadv`` until all is moved or nothing moves; returns the bytes moved."""
-    moved = 0
+def _move(call: Callable[[int, Any, int], int], fd: int, offset: int, buffers: Sequence[Buffer]) -> tuple[int, int]:
+    """Runs ``os.pwritev`` or ``os.preadv`` until all is moved or nothing moves; the bytes moved, and those wanted."""
     pending = list(filter(_NBYTES, buffers))
-    first = 0
-    while first < len(pending):
+    sizes = list(map(_NBYTES, pending))
+    wanted = sum(sizes)
+    moved = first = 0
+    while moved < wanted:
         batch = pending[first : first + _MAX_BUFFERS]
         if batch[0].nbytes > _MAX_BYTES:
             batch = [_octets(batch[0])[:_MAX_BYTES]]
         count = call(fd, batch, offset + moved)
+        moved += count
+        if count == sum(sizes[first : first + _MAX_BUFFERS]):  # nearly always
+            first += _MAX_BUFFERS
+            continue
         if count == 0:
             break
-        moved += count
-        if count == sum(map(_NBYTES, batch)) and batch[-1] is pending[first + len(batch) - 1]:  # nearly always
-            first += len(batch)
-            continue
-        while first < len(pending) and count >= pending[first].nbytes:
-            count -= pending[first].nbytes
+        while first < len(pending) and count >= sizes[first]:
+            count -= sizes[first]
             first += 1
         if count:
             pending[first] = _octets(pending[first])[count:]
-    return moved
+            sizes[first] -= count
+    return moved, wanted
 
 
 def _octets(buffer: Buffer) -> memoryview:
@@ -89,9 +91,9 @@ class LocalWritableFile:
         self._aborted = False
 
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        wanted = sum(map(_NBYTES, buffers))
         with _translated("write", self._path):
-            if _move(os.pwritev, self._fd, offset, buffers) != wanted:
+            moved, wanted = _move(os.pwritev, self._fd, offset, buffers)
+            if moved != wanted:
                 raise OSError(errno.EIO, "wrote nothing")
         if offset + wanted > self._nbytes:
             self._is_padded = True
@@ -126,9 +128,8 @@ class LocalReadableFile:
         self._fd = fd
 
     def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        wanted = sum(map(_NBYTES, buffers))
         with _translated("read", self._path):
-            moved = _move(os.preadv, self._fd, offset, buffers)
+            moved, wanted = _move(os.preadv, self._fd, offset, buffers)
         if moved != wanted:
             raise OutOfRangeError(
                 f"{self._path} ends at byte {offset + moved}: expected {wanted} at offset {offset}, found {moved}. "
