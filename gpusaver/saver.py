@@ -18,7 +18,14 @@ from gpusaver.arguments import (
     state_filename,
     without_session,
 )
-from gpusaver.checkpoint_state import PathLike, checkpoint_times, remove_checkpoint, update_checkpoint_state
+from gpusaver.checkpoint_state import (
+    PathLike,
+    checkpoint_exists,
+    checkpoint_times,
+    remove_checkpoint,
+    state_lock,
+    write_state,
+)
 from gpusaver.device import HOST
 from gpusaver.errors import CancelledError, Error, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from gpusaver.pending import PendingSave, ended_if_interrupted
@@ -211,10 +218,12 @@ class Saver:
         while self._has_ended(self._pending, request.when_busy):
             with self._lock:
                 if self._pending is None or self._pending.done():  # else another thread was faster
-                    return self._launch(prefix, request, finish, started_at)
+                    return self._launch(prefix, request, finish, started_at, has_step=global_step is not None)
         return None
 
-    def _launch(self, prefix: str, request: _Request, finish: tuple[str, str] | None, started_at: float) -> PendingSave:
+    def _launch(
+        self, prefix: str, request: _Request, finish: tuple[str, str] | None, started_at: float, *, has_step: bool
+    ) -> PendingSave:
         """Refuses what can be refused, captures, and starts.  Requires: the lock is held, no save is under way."""
         self._check_open()
         if self._names is None:
@@ -237,8 +246,9 @@ class Saver:
         if mode == "snapshot" and save.runtimes() == [HOST]:
             pending.mark_captured()
         self._pending = pending
+        copies = self._retention.copies_to_come() if has_step and finish is not None else 1
         with ended_if_interrupted(pending):
-            run_in_background(lambda: self._run(save, pending, finish))
+            run_in_background(lambda: self._run(save, pending, finish, copies))
         return pending
 
     @staticmethod
@@ -270,10 +280,10 @@ class Saver:
             )
         return leaves
 
-    def _run(self, save: Save, pending: PendingSave, finish: tuple[str, str] | None) -> None:
+    def _run(self, save: Save, pending: PendingSave, finish: tuple[str, str] | None, copies: int) -> None:
         """In the background: write, commit, state file, retention."""
         try:
-            self._saving.write(save, pending)
+            self._saving.write(save, pending, copies)
             if finish is not None:
                 with self._list_lock:
                     self._update_state(pending.prefix, *finish)
@@ -290,24 +300,31 @@ class Saver:
     def _update_state(self, prefix: str, meta_graph_suffix: str, state_name: str) -> None:
         retention = copy.copy(self._retention)  # taken over only if the state file could be written
         decision = retention.added(prefix, self._clock())
+        directory = os.path.dirname(prefix)
         try:
-            update_checkpoint_state(
-                os.path.dirname(prefix),
-                prefix,
-                decision.listed,
-                latest_filename=state_name,
-                save_relative_paths=self._save_relative_paths,
-                storage=self._storage,
-            )
+            with state_lock(directory, state_name, storage=self._storage):
+                # Another Saver, or somebody by hand, may have deleted what is on this one's list.
+                listed = [path for path in decision.listed if checkpoint_exists(path, storage=self._storage)]
+                write_state(
+                    directory,
+                    prefix,
+                    listed,
+                    state_name,
+                    save_relative_paths=self._save_relative_paths,
+                    storage=self._storage,
+                )
+                self._retention = retention
+                for old in decision.delete:
+                    self._remove(old, meta_graph_suffix)
         except Error as error:
             error.add_note(f"The checkpoint {prefix} itself is complete; no state file lists it.")
             raise
-        self._retention = retention
-        for old in decision.delete:
-            try:
-                remove_checkpoint(old, meta_graph_suffix, storage=self._storage)
-            except Error as error:
-                _log.warning("cannot remove the old checkpoint %s: %s", old, error)
+
+    def _remove(self, old: str, meta_graph_suffix: str) -> None:
+        try:
+            remove_checkpoint(old, meta_graph_suffix, storage=self._storage)
+        except Error as error:
+            _log.warning("cannot remove the old checkpoint %s: %s", old, error)
 
     # -- restoring
 

@@ -7,14 +7,14 @@ import errno
 import mmap
 import operator
 import os
-import secrets
 import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from gpusaver.errors import Error, OutOfRangeError, from_os_error
-from gpusaver.storage.base import Buffer
+from gpusaver.storage import locks
+from gpusaver.storage.base import LOCK_SECONDS, Buffer, new_token
 
 #: What O_DIRECT wants of offset, length and address on every device in use (512 would do on some).
 DIRECT_ALIGNMENT = 4096
@@ -215,6 +215,15 @@ class LocalStorage:
             finally:
                 os.close(fd)
 
+    def lock(self, path: str, *, wait_seconds: float = LOCK_SECONDS) -> locks.FileLock:
+        with _translated("lock", path):
+            return locks.acquire(path, wait_seconds)
+
+    def free_nbytes(self, directory: str) -> int | None:
+        with _translated("look at", directory):
+            status = os.statvfs(directory or ".")
+        return status.f_bavail * status.f_frsize
+
 
 def _open_new(path: str, direct: bool) -> tuple[int, int]:
     if direct and _O_DIRECT:
@@ -270,7 +279,7 @@ def _file_system(device: int) -> str:
 
 def _direct_works(directory: str) -> bool:
     """Tries one aligned block.  A refusal (EINVAL, EFAULT) shows here, not in the middle of a save."""
-    path = os.path.join(directory, f"probe.{secrets.token_hex(8)}.gpusaver-tmp")
+    path = os.path.join(directory, f"probe.{new_token()}.gpusaver-tmp")
     block = mmap.mmap(-1, DIRECT_ALIGNMENT)
     fd = -1
     try:
