@@ -28,6 +28,7 @@ from gpusaver.checkpoint_state import (
 )
 from gpusaver.device import HOST
 from gpusaver.errors import CancelledError, Error, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from gpusaver.finding import check, first_sound
 from gpusaver.pending import PendingSave, ended_if_interrupted
 from gpusaver.pipeline.plan import Plan, Save, plan_save
 from gpusaver.pipeline.workers import run_in_background
@@ -68,7 +69,10 @@ class Saver:
     ``filename``: attributes without effect on a save or restore, as in TensorFlow.
     ``staging_bytes``: pinned host memory for copies from devices; the least, and the default, is 32 MiB; as much as the
     state lets a "deferred" save run at the speed of the link, whatever the disk's.
-    ``direct_io``: None decides by directory and size, True or False for all.  ``clock``: seconds since the epoch.
+    ``direct_io``: None decides by directory and size, True or False for all.  ``strict``: every save is read again from
+    the medium and verified before it replaces anything or counts as durable, DataLossError if it differs; it takes the
+    time of a read.  (The system's cache is dropped for that; what a disk answers from memory of its own nobody can
+    tell.)  ``clock``: seconds since the epoch.
 
     Methods may be called from any thread; saves come one after the other.  A context manager: leaving it closes.
 
@@ -94,6 +98,7 @@ class Saver:
         filename: str | None = None,
         direct_io: bool | None = None,
         staging_bytes: int = 0,
+        strict: bool = False,
         storage: Storage | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -114,7 +119,7 @@ class Saver:
         self._storage = storage or LocalStorage()
         self._clock = clock
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
-        self._saving = Saving(self._storage, direct_io, staging_bytes)
+        self._saving = Saving(self._storage, direct_io, staging_bytes, strict=strict)
         self._plan: Plan | None = None
         self._pending: PendingSave | None = None
         self._closed = False
@@ -372,6 +377,31 @@ class Saver:
                 reshape=self._reshape,
                 verify_first=verify == "before",
             )
+
+    def restore_latest(
+        self,
+        checkpoint_dir: PathLike,
+        *,
+        latest_filename: PathLike | None = None,
+        partial: bool | Literal["shapes"] = False,
+        allow_outside: bool = False,
+    ) -> RestoreReport | None:
+        """Restores the newest checkpoint of a directory that is whole; ``report.prefix`` says which.
+
+        One that is damaged or incomplete is skipped with a warning that says why, and the next older one is taken,
+        whether or not the state file lists it; the state file may be stale, of another machine, or missing.  Everything
+        is read twice (``verify="before"``), so that a damaged checkpoint changes nothing.
+
+        Returns None, and changes nothing, if the directory has no checkpoint.  Raises DataLossError if it has some but
+        none is whole, and what :meth:`restore` raises if the variables do not fit.
+        """
+
+        def attempt(prefix: str) -> RestoreReport:
+            check(prefix, checksums=False, storage=self._storage)
+            return self.restore(prefix, partial=partial, verify="before")
+
+        self._check_process()
+        return first_sound(checkpoint_dir, attempt, latest_filename, allow_outside=allow_outside, storage=self._storage)
 
     # -- the list of checkpoints
 

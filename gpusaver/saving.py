@@ -38,13 +38,14 @@ _ENTRY_NBYTES = 128
 class Saving:
     """Captures and writes, one save after the other; keeps slots, rings and snapshot memory between them.
 
-    ``direct_io`` and ``staging_bytes`` are the Saver's.
+    ``direct_io``, ``staging_bytes`` and ``strict`` are the Saver's.
     """
 
-    def __init__(self, storage: Storage, direct_io: bool | None, staging_bytes: int) -> None:
+    def __init__(self, storage: Storage, direct_io: bool | None, staging_bytes: int, *, strict: bool) -> None:
         self.slots = Slots(CHUNK_NBYTES, max(_PINNED_SLOTS, staging_bytes // CHUNK_NBYTES))
         self._storage = storage
         self._direct_io = direct_io
+        self._strict = strict
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
         self._swept: set[str] = set()
@@ -126,7 +127,7 @@ class Saving:
             checksums.update(save.string_checksums)
             index = save.plan.index(commit.num_shards, checksums)
             pending.begin_commit()
-            commit.publish(index)
+            commit.publish(index, strict=self._strict)
         except BaseException:
             commit.abort()
             raise

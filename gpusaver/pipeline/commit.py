@@ -6,6 +6,7 @@
     data files under temporary names, space reserved       nothing visible
     ... written by the pipeline ...
     data files synced; index written under a temporary name, synced
+    strict: all of it read again and compared               DataLossError: the old checkpoint stays
     data files renamed; directory synced                    still no checkpoint: there is no index
     index renamed                                           <- the commit point
     directory synced                                        durable
@@ -23,8 +24,10 @@ import os
 from collections.abc import Sequence
 
 from gpusaver.bundle.filenames import data_path, index_path, is_data_of, lock_path, split_data_path, temporary_path
-from gpusaver.errors import Error
-from gpusaver.storage.base import Storage, WritableFile, new_token
+from gpusaver.bundle.index import BundleIndex
+from gpusaver.errors import DataLossError, Error
+from gpusaver.pipeline.check import bundle_problems
+from gpusaver.storage.base import ReadableFile, Storage, WritableFile, new_token
 
 #: Below this size O_DIRECT saves nothing: the page cache takes it in milliseconds.
 DIRECT_MIN_NBYTES = 64 * 1024 * 1024
@@ -69,8 +72,8 @@ class BundleCommit:
     def _temporary(self, path: str) -> str:
         return temporary_path(path, self._token)
 
-    def publish(self, index: bytes) -> None:
-        """Makes the bundle durable and visible.
+    def publish(self, index: bytes, *, strict: bool) -> None:
+        """Makes the bundle durable and visible; ``strict``: if it can be read again as it was written.
 
         If it raises, call :meth:`abort`: then the prefix is as it was, unless only the last step before the end failed,
         the sync of the directory after the commit point; then the new checkpoint is there, perhaps not durable.
@@ -84,6 +87,8 @@ class BundleCommit:
         index_file.write_at(0, [memoryview(index)])
         index_file.sync()
         index_file.close()
+        if strict:
+            self._read_again(index)
         for path in self._finals:
             self._renamed.append(path)
             storage.replace(self._temporary(path), path)
@@ -100,6 +105,29 @@ class BundleCommit:
             with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
                 storage.remove(os.path.join(self._directory, name))
         self._lock.release()
+
+    def _read_again(self, written: bytes) -> None:
+        def open_again(path: str) -> ReadableFile:
+            return self._storage.open(self._temporary(path), uncached=True)
+
+        path = self._temporary(index_path(self._prefix))
+        problem: str | None = f"{path} is not what was written"
+        with contextlib.closing(open_again(index_path(self._prefix))) as file:
+            found = bytearray(len(written))
+            file.read_into(0, [memoryview(found)])
+        if found == written and file.size == len(written):
+            problems = bundle_problems(
+                BundleIndex(written, path),
+                lambda shard: open_again(self._finals[shard]),
+                lambda shard: self._temporary(self._finals[shard]),
+                checksums=True,
+            )
+            problem = next(problems, None)
+        if problem is not None:
+            raise DataLossError(
+                f"cannot save {self._prefix}: what was written differs when it is read again. {problem}. The disk, its "
+                "cable or the memory is failing; save elsewhere"
+            )
 
     def _may_be_committed(self) -> bool:
         """After a rename of the index that failed: a network file system may have done it, and lost the answer."""

@@ -72,7 +72,11 @@ class Storage(Protocol):
     def prefers_direct(self, directory: str) -> bool:
         """Whether large files in this directory profit from ``direct=True`` (probed once, then remembered)."""
 
-    def open(self, path: str) -> ReadableFile: ...
+    def open(self, path: str, *, uncached: bool = False) -> ReadableFile:
+        """``uncached``: what is read comes from the medium, not from memory, as far as the system lets itself be asked.
+
+        NotFoundError if there is no such file.
+        """
 
     def exists(self, path: str) -> bool: ...
 

@@ -166,13 +166,15 @@ class LocalStorage:
                 self._direct[device] = _file_system(device) in _DIRECT_FILE_SYSTEMS and _direct_works(directory)
             return self._direct[device]
 
-    def open(self, path: str) -> LocalReadableFile:
+    def open(self, path: str, *, uncached: bool = False) -> LocalReadableFile:
         with _translated("open", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 os.close(fd)
                 raise OSError(errno.EISDIR, "not a regular file")
+        if uncached:
+            _drop_cache(fd)
         return LocalReadableFile(path, fd, status.st_size)
 
     def exists(self, path: str) -> bool:
@@ -250,6 +252,17 @@ def _reserve(fd: int, nbytes: int) -> None:
             if error.errno not in _CANNOT_RESERVE:
                 raise
     os.ftruncate(fd, nbytes)
+
+
+def _drop_cache(fd: int) -> None:
+    """Of pages that have been written back; those that another process has mapped stay."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        elif sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
 
 def _full_sync(fd: int) -> None:
