@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from gpusaver.bundle.filenames import split_step
 from gpusaver.device import HOST, Runtime
-from gpusaver.errors import Error, ResourceExhaustedError, from_os_error
+from gpusaver.errors import ResourceExhaustedError
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import BundleCommit
 from gpusaver.pipeline.plan import Save
+from gpusaver.pipeline.preflight import Preflight
 from gpusaver.pipeline.save import Source, write_chunks
-from gpusaver.pipeline.sweep import sweep
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage
 
@@ -30,9 +27,6 @@ Capture = Literal["auto", "snapshot", "deferred", "blocking"]
 _THREADS = 2
 _STAGED_THREADS = 3
 _PINNED_SLOTS = 4
-#: For the state file and the directory, and for an entry of the index, in the preflight of the space on disk.
-_COMMIT_NBYTES = 16 << 10
-_ENTRY_NBYTES = 128
 
 
 class Saving:
@@ -48,8 +42,7 @@ class Saving:
         self._strict = strict
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
-        self._swept: set[str] = set()
-        self._has_warned_of_space = False
+        self._preflight = Preflight(storage)
 
     def capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
         """What is to be written instead of ``save``, the mode used, and why.  Call it in the caller's thread."""
@@ -107,9 +100,7 @@ class Saving:
         ``copies``: how many checkpoints of this size will come beside what is there before the first is deleted.
         """
         layout = save.plan.layout
-        self._sweep_once(pending.prefix)
-        nbytes = sum(layout.shard_nbytes) + _ENTRY_NBYTES * len(save.plan.items) + _COMMIT_NBYTES
-        self._check_space(pending.prefix, nbytes, copies)
+        self._preflight.check(pending.prefix, sum(layout.shard_nbytes), len(save.plan.items), copies)
         commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
         try:
             is_staged = any(file.alignment > 1 for file in commit.files) or save.runtimes() != [HOST]
@@ -131,35 +122,6 @@ class Saving:
         except BaseException:
             commit.abort()
             raise
-
-    def _sweep_once(self, prefix: str) -> None:
-        """In each directory before the first save into it."""
-        directory, base = os.path.split(prefix)
-        if directory not in self._swept:
-            self._swept.add(directory)
-            sweep(self._storage, directory, split_step(base)[0])
-
-    def _check_space(self, prefix: str, nbytes: int, copies: int) -> None:
-        """Before a byte is copied.  What is reserved only later may find a file system that cannot reserve."""
-        directory = os.path.dirname(prefix)
-        try:
-            free = self._storage.free_nbytes(directory)
-        except Error:
-            return  # whatever is wrong there, creating the first file tells it
-        if free is None or free >= nbytes * copies:
-            return
-        what = f"{directory or '.'} has {free:,} bytes free, a checkpoint takes {nbytes:,}"
-        if free < nbytes:
-            reason = f"{os.strerror(errno.ENOSPC)}; {what}, and old checkpoints are deleted after a save, not before"
-            raise from_os_error(OSError(errno.ENOSPC, reason), "save", prefix)
-        if not self._has_warned_of_space:
-            self._has_warned_of_space = True
-            _log.warning(
-                "%s, and there will be %d more before the first is deleted. Free space, or lower max_to_keep: later "
-                "saves will fail",
-                what,
-                copies,
-            )
 
     def close(self) -> None:
         """Frees the memory.  Requires: no save is under way."""

@@ -1,20 +1,62 @@
-"""Removing what a Saver that was killed has left: temporary files, locks, and data files without their index.
+"""Before a save: is there room for it, and what has a Saver that was killed left?
 
-What may go is decided by locks alone.  Whoever writes a checkpoint or a state file holds its lock from before the first
-temporary file until after the last.  So a temporary file that was there before the lock could be taken has no owner.
+Left are temporary files, locks, and data files without their index.  What may go is decided by locks alone.  Whoever
+writes a checkpoint or a state file holds its lock from before the first temporary file until after the last.  So a
+temporary file that was there before the lock could be taken has no owner.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from dataclasses import dataclass, field
 
 from gpusaver.bundle import filenames
-from gpusaver.errors import Error
+from gpusaver.errors import Error, from_os_error
 from gpusaver.storage.base import Storage, is_token_of_this_host
 
+#: For the state file and the directory, and for each entry of the index.
+_COMMIT_NBYTES = 16 << 10
+_ENTRY_NBYTES = 128
+
 _log = logging.getLogger("gpusaver")
+
+
+class Preflight:
+    """Remembers which directories it has swept, and that it has warned.  One save at a time."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._swept: set[str] = set()
+        self._has_warned = False
+
+    def check(self, prefix: str, nbytes: int, entries: int, copies: int) -> None:
+        """Before a byte is copied; sweeps the directory before the first save into it.
+
+        ``nbytes``: of the data files; ``copies``: how many checkpoints of this size will come beside what is there
+        before the first is deleted.  Raises ResourceExhaustedError if there is no room for this one, and warns once if
+        there is none for all of them.
+        """
+        directory, base = os.path.split(prefix)
+        if directory not in self._swept:
+            self._swept.add(directory)
+            sweep(self._storage, directory, filenames.split_step(base)[0])
+        try:
+            free = self._storage.free_nbytes(directory)
+        except Error:
+            return  # whatever is wrong there, creating the first file tells it
+        nbytes += _COMMIT_NBYTES + _ENTRY_NBYTES * entries
+        if free is None or free >= nbytes * copies:
+            return
+        what = f"{directory or '.'} has {free:,} bytes free, a checkpoint takes {nbytes:,}"
+        if free < nbytes:
+            reason = f"{os.strerror(errno.ENOSPC)}; {what}, and old checkpoints are deleted after a save, not before"
+            raise from_os_error(OSError(errno.ENOSPC, reason), "save", prefix)
+        if not self._has_warned:
+            self._has_warned = True
+            advice = "Free space, or lower max_to_keep: later saves will fail"
+            _log.warning("%s, and %d more come before the first is deleted. %s", what, copies, advice)
 
 
 @dataclass(slots=True)
