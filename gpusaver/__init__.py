@@ -17,7 +17,6 @@ from gpusaver.checkpoint_state import (
     generate_checkpoint_state_proto,
     get_checkpoint_mtimes,
     get_checkpoint_state,
-    latest_checkpoint,
     remove_checkpoint,
     update_checkpoint_state,
     wait_for_new_checkpoint,
@@ -36,6 +35,7 @@ from gpusaver.errors import (
     UnimplementedError,
     UnknownError,
 )
+from gpusaver.finding import latest_checkpoint, verify
 from gpusaver.pending import PendingSave, SaveReport
 from gpusaver.reader import CheckpointReader, list_variables, load, load_checkpoint, load_variable
 from gpusaver.restoring import RestoreReport
@@ -83,6 +83,7 @@ __all__ = [
     "save",
     "update_checkpoint_state",
     "variables",
+    "verify",
     "wait_for_new_checkpoint",
 ]
 

@@ -13,23 +13,25 @@ The functions have the names and meanings they have in ``tf.train``.  What diffe
 or PathLike and are literal, never globs; lists given by the caller are never changed; and a state file cannot lead a
 reader out of its own directory unless the caller allows it (see :func:`get_checkpoint_state`).
 
-No function here keeps anything between calls, so all may be called from any thread.
+No function here keeps anything between calls, so all may be called from any thread.  Whoever replaces a state file
+holds its lock (``checkpoint.gpusaver-lock``) meanwhile, and a Saver also while it deletes what it no longer lists:
+among Savers of one directory the file never names what another one is deleting.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from gpusaver.bundle import filenames
 from gpusaver.bundle.table_writer import MAGIC
-from gpusaver.errors import Error, InvalidArgumentError, NotFoundError
-from gpusaver.storage.base import Storage, read_bytes, write_bytes
+from gpusaver.errors import Error, InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from gpusaver.storage.base import Storage, new_token, read_bytes, write_bytes
 from gpusaver.storage.local import LocalStorage
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ STATE_FILE_LIMIT_BYTES = 4 << 20
 #: protobuf's parser takes quadratic time for a run of backslashes (12 s for 40 kB).  255 of them, the longest file name
 #: there is, are written as 510.
 _BACKSLASHES_LIMIT = 510
+
+#: Long enough for one that only looks whether the lock is free, too short to wait for a save.
+_REMOVAL_WAIT_SECONDS = 1.0
 
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:\\|\\\\")
 
@@ -250,8 +255,45 @@ def update_checkpoint_state(
     """Replaces the state file in ``save_dir``, atomically and durably; on any error the old one stays.
 
     Arguments and errors as for :func:`generate_checkpoint_state_proto`; RuntimeError if the newest checkpoint would be
-    listed under the path of the state file itself; NotFoundError if ``save_dir`` does not exist.
+    listed under the path of the state file itself; NotFoundError if ``save_dir`` does not exist;
+    FailedPreconditionError, naming the owner, if another process has kept the file's lock for ten seconds.
     """
+    storage = storage or LocalStorage()
+    with state_lock(save_dir, latest_filename, storage=storage):
+        write_state(
+            save_dir,
+            model_checkpoint_path,
+            all_model_checkpoint_paths,
+            latest_filename,
+            all_model_checkpoint_timestamps,
+            last_preserved_timestamp,
+            save_relative_paths=save_relative_paths,
+            storage=storage,
+        )
+
+
+@contextlib.contextmanager
+def state_lock(save_dir: PathLike, latest_filename: PathLike | None = None, *, storage: Storage) -> Iterator[None]:
+    """Nobody else replaces the state file, or deletes what it has listed, inside the ``with``."""
+    lock = storage.lock(filenames.lock_path(_state_path(os.fsdecode(save_dir), latest_filename)))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_state(
+    save_dir: PathLike,
+    model_checkpoint_path: PathLike,
+    all_model_checkpoint_paths: Iterable[PathLike] | None,
+    latest_filename: PathLike | None,
+    all_model_checkpoint_timestamps: Iterable[float] | None = None,
+    last_preserved_timestamp: float | None = None,
+    *,
+    save_relative_paths: bool,
+    storage: Storage,
+) -> None:
+    """:func:`update_checkpoint_state`.  Requires: the :func:`state_lock` is held."""
     directory = os.fsdecode(save_dir)
     path = _state_path(directory, latest_filename)
     state = generate_checkpoint_state_proto(
@@ -273,7 +315,7 @@ def update_checkpoint_state(
             f"the state file {path} would have {len(data)} bytes, expected at most {STATE_FILE_LIMIT_BYTES}. "
             "List fewer checkpoints"
         )
-    write_bytes(storage or LocalStorage(), path, filenames.temporary_path(path, secrets.token_hex(8)), data)
+    write_bytes(storage, path, filenames.temporary_path(path, new_token()), data)
 
 
 def to_text(state: CheckpointState) -> str:
@@ -353,10 +395,25 @@ def remove_checkpoint(
     """Removes the files of a checkpoint: index, data of any number of shards, ``.meta``, or the V1 file or shards.
 
     Missing files are fine.  The index goes first, so that at no moment an index without its data is visible.  If a
-    file cannot be removed the others are removed all the same, then the first error is raised.
+    file cannot be removed the others are removed all the same, then the first error is raised.  FailedPreconditionError
+    if the checkpoint is just being saved anew.
     """
     storage = storage or LocalStorage()
     prefix = os.fsdecode(checkpoint_prefix)
+    try:
+        lock = storage.lock(filenames.lock_path(filenames.index_path(prefix)), wait_seconds=_REMOVAL_WAIT_SECONDS)
+    except NotFoundError:  # there is no such directory
+        return
+    except ResourceExhaustedError:  # nor any other file: removing some is just what helps
+        _remove_files(storage, prefix, meta_graph_suffix)
+        return
+    try:
+        _remove_files(storage, prefix, meta_graph_suffix)
+    finally:
+        lock.release()
+
+
+def _remove_files(storage: Storage, prefix: str, meta_graph_suffix: str) -> None:
     directory, base = os.path.split(prefix)
     data = [os.path.join(directory, name) for name in storage.list(directory) if filenames.is_data_of(name, base)]
     meta = f"{filenames.v1_shard_prefix(prefix) or prefix}.{meta_graph_suffix}"

@@ -60,7 +60,7 @@ class CheckpointReader:
         elif files := v1_files(self._storage, self.prefix):
             self._v1 = V1Bundle([(path, read_bytes(self._storage, path)) for path in files])
         else:
-            raise _not_a_prefix(self.prefix, self._storage)
+            raise not_a_prefix(self.prefix, self._storage)
 
     def get_variable_to_shape_map(self) -> dict[str, list[int]]:
         return {name: list(spec.shape) for name, spec in self._specs().items()}
@@ -275,7 +275,7 @@ def _text(name: str | bytes) -> str:
     return name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
 
 
-def _not_a_prefix(path: str, storage: Storage) -> NotFoundError | InvalidArgumentError:
+def not_a_prefix(path: str, storage: Storage) -> NotFoundError | InvalidArgumentError:
     """The error for a path under which there is no checkpoint: what it is instead, and what to pass."""
     found = split_data_path(path)
     prefix = found[0] if found is not None else path.removesuffix(".index").removesuffix(".meta")

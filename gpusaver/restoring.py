@@ -30,17 +30,18 @@ _MAX_SUGGESTIONS = 20
 
 
 class RestoreReport:
-    """What a restore did.  All but ``values`` are sorted lists of names.
+    """What a restore did.  All but ``prefix`` and ``values`` are sorted lists of names.
 
-    ``restored``: variables that now hold the stored values; ``missing``: not in the checkpoint, left as they were
-    (``partial``); ``skipped``: there with another shape or dtype, left as they were (``partial="shapes"``);
-    ``unexpected``: in the checkpoint, but wanted by no variable; ``values``: name -> new value for those that could
-    not be overwritten and were replaced in their container.
+    ``prefix``: of the checkpoint; ``restored``: variables that now hold the stored values; ``missing``: not in the
+    checkpoint, left as they were (``partial``); ``skipped``: there with another shape or dtype, left as they were
+    (``partial="shapes"``); ``unexpected``: in the checkpoint, but wanted by no variable; ``values``: name -> new value
+    for those that could not be overwritten and were replaced in their container.
     """
 
     def __init__(
         self, reader: CheckpointReader, restored: Sequence[str], missing: Sequence[str], skipped: Sequence[str]
     ) -> None:
+        self.prefix = reader.prefix
         self.restored = list(restored)
         self.missing = list(missing)
         self.skipped = list(skipped)

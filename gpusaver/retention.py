@@ -91,6 +91,10 @@ class Retention:
             _append(last, path, time)
         self._last = last
 
+    def copies_to_come(self) -> int:
+        """How many further checkpoints will be on disk together with those listed, before one is deleted."""
+        return max(1, self._max_to_keep + 1 - len(self._last))
+
     def added(self, path: str, now: float) -> RetentionDecision:
         """Takes note that ``path`` was saved at ``now``.
 

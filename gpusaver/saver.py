@@ -18,9 +18,17 @@ from gpusaver.arguments import (
     state_filename,
     without_session,
 )
-from gpusaver.checkpoint_state import PathLike, checkpoint_times, remove_checkpoint, update_checkpoint_state
+from gpusaver.checkpoint_state import (
+    PathLike,
+    checkpoint_exists,
+    checkpoint_times,
+    remove_checkpoint,
+    state_lock,
+    write_state,
+)
 from gpusaver.device import HOST
 from gpusaver.errors import CancelledError, Error, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from gpusaver.finding import check, first_sound
 from gpusaver.pending import PendingSave, ended_if_interrupted
 from gpusaver.pipeline.plan import Plan, Save, plan_save
 from gpusaver.pipeline.workers import run_in_background
@@ -61,7 +69,10 @@ class Saver:
     ``filename``: attributes without effect on a save or restore, as in TensorFlow.
     ``staging_bytes``: pinned host memory for copies from devices; the least, and the default, is 32 MiB; as much as the
     state lets a "deferred" save run at the speed of the link, whatever the disk's.
-    ``direct_io``: None decides by directory and size, True or False for all.  ``clock``: seconds since the epoch.
+    ``direct_io``: None decides by directory and size, True or False for all.  ``strict``: every save is read again from
+    the medium and verified before it replaces anything or counts as durable, DataLossError if it differs; it takes the
+    time of a read.  (The system's cache is dropped for that; what a disk answers from memory of its own nobody can
+    tell.)  ``clock``: seconds since the epoch.
 
     Methods may be called from any thread; saves come one after the other.  A context manager: leaving it closes.
 
@@ -87,6 +98,7 @@ class Saver:
         filename: str | None = None,
         direct_io: bool | None = None,
         staging_bytes: int = 0,
+        strict: bool = False,
         storage: Storage | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -107,7 +119,7 @@ class Saver:
         self._storage = storage or LocalStorage()
         self._clock = clock
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
-        self._saving = Saving(self._storage, direct_io, staging_bytes)
+        self._saving = Saving(self._storage, direct_io, staging_bytes, strict=strict)
         self._plan: Plan | None = None
         self._pending: PendingSave | None = None
         self._closed = False
@@ -211,10 +223,12 @@ class Saver:
         while self._has_ended(self._pending, request.when_busy):
             with self._lock:
                 if self._pending is None or self._pending.done():  # else another thread was faster
-                    return self._launch(prefix, request, finish, started_at)
+                    return self._launch(prefix, request, finish, started_at, has_step=global_step is not None)
         return None
 
-    def _launch(self, prefix: str, request: _Request, finish: tuple[str, str] | None, started_at: float) -> PendingSave:
+    def _launch(
+        self, prefix: str, request: _Request, finish: tuple[str, str] | None, started_at: float, *, has_step: bool
+    ) -> PendingSave:
         """Refuses what can be refused, captures, and starts.  Requires: the lock is held, no save is under way."""
         self._check_open()
         if self._names is None:
@@ -237,8 +251,9 @@ class Saver:
         if mode == "snapshot" and save.runtimes() == [HOST]:
             pending.mark_captured()
         self._pending = pending
+        copies = self._retention.copies_to_come() if has_step and finish is not None else 1
         with ended_if_interrupted(pending):
-            run_in_background(lambda: self._run(save, pending, finish))
+            run_in_background(lambda: self._run(save, pending, finish, copies))
         return pending
 
     @staticmethod
@@ -270,10 +285,10 @@ class Saver:
             )
         return leaves
 
-    def _run(self, save: Save, pending: PendingSave, finish: tuple[str, str] | None) -> None:
+    def _run(self, save: Save, pending: PendingSave, finish: tuple[str, str] | None, copies: int) -> None:
         """In the background: write, commit, state file, retention."""
         try:
-            self._saving.write(save, pending)
+            self._saving.write(save, pending, copies)
             if finish is not None:
                 with self._list_lock:
                     self._update_state(pending.prefix, *finish)
@@ -290,24 +305,31 @@ class Saver:
     def _update_state(self, prefix: str, meta_graph_suffix: str, state_name: str) -> None:
         retention = copy.copy(self._retention)  # taken over only if the state file could be written
         decision = retention.added(prefix, self._clock())
+        directory = os.path.dirname(prefix)
         try:
-            update_checkpoint_state(
-                os.path.dirname(prefix),
-                prefix,
-                decision.listed,
-                latest_filename=state_name,
-                save_relative_paths=self._save_relative_paths,
-                storage=self._storage,
-            )
+            with state_lock(directory, state_name, storage=self._storage):
+                # Another Saver, or somebody by hand, may have deleted what is on this one's list.
+                listed = [path for path in decision.listed if checkpoint_exists(path, storage=self._storage)]
+                write_state(
+                    directory,
+                    prefix,
+                    listed,
+                    state_name,
+                    save_relative_paths=self._save_relative_paths,
+                    storage=self._storage,
+                )
+                self._retention = retention
+                for old in decision.delete:
+                    self._remove(old, meta_graph_suffix)
         except Error as error:
             error.add_note(f"The checkpoint {prefix} itself is complete; no state file lists it.")
             raise
-        self._retention = retention
-        for old in decision.delete:
-            try:
-                remove_checkpoint(old, meta_graph_suffix, storage=self._storage)
-            except Error as error:
-                _log.warning("cannot remove the old checkpoint %s: %s", old, error)
+
+    def _remove(self, old: str, meta_graph_suffix: str) -> None:
+        try:
+            remove_checkpoint(old, meta_graph_suffix, storage=self._storage)
+        except Error as error:
+            _log.warning("cannot remove the old checkpoint %s: %s", old, error)
 
     # -- restoring
 
@@ -355,6 +377,31 @@ class Saver:
                 reshape=self._reshape,
                 verify_first=verify == "before",
             )
+
+    def restore_latest(
+        self,
+        checkpoint_dir: PathLike,
+        *,
+        latest_filename: PathLike | None = None,
+        partial: bool | Literal["shapes"] = False,
+        allow_outside: bool = False,
+    ) -> RestoreReport | None:
+        """Restores the newest checkpoint of a directory that is whole; ``report.prefix`` says which.
+
+        One that is damaged or incomplete is skipped with a warning that says why, and the next older one is taken,
+        whether or not the state file lists it; the state file may be stale, of another machine, or missing.  Everything
+        is read twice (``verify="before"``), so that a damaged checkpoint changes nothing.
+
+        Returns None, and changes nothing, if the directory has no checkpoint.  Raises DataLossError if it has some but
+        none is whole, and what :meth:`restore` raises if the variables do not fit.
+        """
+
+        def attempt(prefix: str) -> RestoreReport:
+            check(prefix, checksums=False, storage=self._storage)
+            return self.restore(prefix, partial=partial, verify="before")
+
+        self._check_process()
+        return first_sound(checkpoint_dir, attempt, latest_filename, allow_outside=allow_outside, storage=self._storage)
 
     # -- the list of checkpoints
 

@@ -14,6 +14,7 @@ from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import BundleCommit
 from gpusaver.pipeline.plan import Save
+from gpusaver.pipeline.preflight import Preflight
 from gpusaver.pipeline.save import Source, write_chunks
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage
@@ -31,15 +32,17 @@ _PINNED_SLOTS = 4
 class Saving:
     """Captures and writes, one save after the other; keeps slots, rings and snapshot memory between them.
 
-    ``direct_io`` and ``staging_bytes`` are the Saver's.
+    ``direct_io``, ``staging_bytes`` and ``strict`` are the Saver's.
     """
 
-    def __init__(self, storage: Storage, direct_io: bool | None, staging_bytes: int) -> None:
+    def __init__(self, storage: Storage, direct_io: bool | None, staging_bytes: int, *, strict: bool) -> None:
         self.slots = Slots(CHUNK_NBYTES, max(_PINNED_SLOTS, staging_bytes // CHUNK_NBYTES))
         self._storage = storage
         self._direct_io = direct_io
+        self._strict = strict
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
+        self._preflight = Preflight(storage)
 
     def capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
         """What is to be written instead of ``save``, the mode used, and why.  Call it in the caller's thread."""
@@ -91,9 +94,13 @@ class Saving:
                 )
         return ""
 
-    def write(self, save: Save, pending: PendingSave) -> None:
-        """Returns when the checkpoint is durable; after an error nothing of it is left."""
+    def write(self, save: Save, pending: PendingSave, copies: int) -> None:
+        """Returns when the checkpoint is durable; after an error nothing of it is left.
+
+        ``copies``: how many checkpoints of this size will come beside what is there before the first is deleted.
+        """
         layout = save.plan.layout
+        self._preflight.check(pending.prefix, sum(layout.shard_nbytes), len(save.plan.items), copies)
         commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
         try:
             is_staged = any(file.alignment > 1 for file in commit.files) or save.runtimes() != [HOST]
@@ -111,7 +118,7 @@ class Saving:
             checksums.update(save.string_checksums)
             index = save.plan.index(commit.num_shards, checksums)
             pending.begin_commit()
-            commit.publish(index)
+            commit.publish(index, strict=self._strict)
         except BaseException:
             commit.abort()
             raise

@@ -6,6 +6,8 @@
     P.data-00000-of-00002      shard 0 of 2: tensor bytes
     P.meta                     optional MetaGraphDef (the suffix can be chosen)
     <any of these>.<16 hex>.gpusaver-tmp     ours while being written, never part of a checkpoint
+    P.index.gpusaver-lock                    there while P is being saved
+    checkpoint.gpusaver-lock                 there while the state file of that name is being replaced
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import re
 
 INDEX_SUFFIX = ".index"
 TEMPORARY_SUFFIX = ".gpusaver-tmp"
+LOCK_SUFFIX = ".gpusaver-lock"
 
-_DATA = re.compile(r"\.data-(\d{5,})-of-(\d{5,})$")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.gpusaver-tmp$")
-_V1_SHARD = re.compile(r"-(\d{5,}|\?{5})-of-(\d{5,})$")
+_DATA = re.compile(r"\.data-([0-9]{5,})-of-([0-9]{5,})\Z")
+_TEMPORARY = re.compile(r"\.([0-9a-f]{16})\.gpusaver-tmp\Z")
+_V1_SHARD = re.compile(r"-([0-9]{5,}|\?{5})-of-([0-9]{5,})\Z")
+_STEP = re.compile(r"-(-?[0-9]{1,20})\Z")
 
 
 def index_path(prefix: str) -> str:
@@ -34,8 +38,22 @@ def temporary_path(path: str, token: str) -> str:
     return f"{path}.{token}{TEMPORARY_SUFFIX}"
 
 
-def is_temporary(name: str) -> bool:
-    return _TEMPORARY.search(name) is not None
+def split_temporary(name: str) -> tuple[str, str] | None:
+    """``(path, token)`` that :func:`temporary_path` was given, or None for any other name."""
+    match = _TEMPORARY.search(name)
+    return (name[: match.start()], match[1]) if match else None
+
+
+def lock_path(path: str) -> str:
+    """The lock of whoever writes ``path``; for all files of a checkpoint it is that of the index."""
+    found = split_data_path(path)
+    return (index_path(found[0]) if found else path) + LOCK_SUFFIX
+
+
+def split_step(prefix: str) -> tuple[str, int | None]:
+    """``("k", 5)`` of ``k-5``; no step: the prefix itself and None."""
+    match = _STEP.search(prefix)
+    return (prefix[: match.start()], int(match[1])) if match else (prefix, None)
 
 
 def split_data_path(path: str) -> tuple[str, int, int] | None:

@@ -86,6 +86,13 @@ def tensor_problem(name: bytes, entry: Entry, data: bytes | memoryview, *, big_e
             actual = crc32c(data)
     except Error as error:
         return str(error)
+    return checksum_problem(name, entry, actual)
+
+
+def checksum_problem(name: bytes, entry: Entry, actual: int) -> str | None:
+    """The same for a checksum that was calculated already, unmasked."""
+    expected = unmask(entry.crc)
     if actual != expected:
+        shown = printable(name)
         return f"tensor {shown}: checksum {actual:08x}, expected {expected:08x}; shard {entry.shard} is damaged"
     return None

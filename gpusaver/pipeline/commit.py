@@ -2,13 +2,16 @@
 
 ::
 
+    lock of the prefix taken                                or FailedPreconditionError: somebody else is writing it
     data files under temporary names, space reserved       nothing visible
     ... written by the pipeline ...
     data files synced; index written under a temporary name, synced
+    strict: all of it read again and compared               DataLossError: the old checkpoint stays
     data files renamed; directory synced                    still no checkpoint: there is no index
     index renamed                                           <- the commit point
     directory synced                                        durable
     data files of the checkpoint that was there before: removed
+    lock released
 
 A prefix that exists already keeps its old files until the commit: a bundle of N shards is replaced by one of N + 1 (or
 back), the surplus shards empty, so that old and new data files never share a name.
@@ -18,12 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Sequence
 
-from gpusaver.bundle.filenames import data_path, index_path, is_data_of, split_data_path, temporary_path
-from gpusaver.errors import Error
-from gpusaver.storage.base import Storage, WritableFile
+from gpusaver.bundle.filenames import data_path, index_path, is_data_of, lock_path, split_data_path, temporary_path
+from gpusaver.bundle.index import BundleIndex
+from gpusaver.errors import DataLossError, Error
+from gpusaver.pipeline.check import bundle_problems
+from gpusaver.storage.base import ReadableFile, Storage, WritableFile, new_token
 
 #: Below this size O_DIRECT saves nothing: the page cache takes it in milliseconds.
 DIRECT_MIN_NBYTES = 64 * 1024 * 1024
@@ -32,38 +36,44 @@ DIRECT_MIN_NBYTES = 64 * 1024 * 1024
 class BundleCommit:
     """The files of one save under way.  Methods are called from one thread at a time.
 
-    ``direct``: None asks the storage what suits the directory; True or False decides.
+    ``direct``: None asks the storage what suits the directory; True or False decides.  Raises FailedPreconditionError,
+    naming the owner of the lock, if the prefix is being saved by another.
     """
 
     def __init__(self, storage: Storage, prefix: str, shard_nbytes: Sequence[int], *, direct: bool | None) -> None:
         self._storage = storage
         self._prefix = prefix
         self._directory, base = os.path.split(prefix)
-        self._token = secrets.token_hex(8)
+        self._token = new_token()
+        self.files: list[WritableFile] = []
+        self._renamed: list[str] = []
+        self._lock = storage.lock(lock_path(index_path(prefix)))
+        try:
+            self._create(base, shard_nbytes, direct)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _create(self, base: str, shard_nbytes: Sequence[int], direct: bool | None) -> None:
+        storage, prefix = self._storage, self._prefix
         self._old = [name for name in storage.list(self._directory) if is_data_of(name, base)]
         taken = {found[2] for found in map(split_data_path, self._old) if found is not None}
         self.num_shards = next(
             n for n in range(len(shard_nbytes), len(shard_nbytes) + len(taken) + 1) if n not in taken
         )
         self._finals = [data_path(prefix, shard, self.num_shards) for shard in range(self.num_shards)]
-        self.files: list[WritableFile] = []
-        self._renamed: list[str] = []
         sizes = [*shard_nbytes, *[0] * (self.num_shards - len(shard_nbytes))]
-        try:
-            for path, nbytes in zip(self._finals, sizes, strict=True):
-                is_direct = nbytes >= DIRECT_MIN_NBYTES if direct is None else direct and nbytes > 0
-                if is_direct and direct is None:
-                    is_direct = storage.prefers_direct(self._directory)
-                self.files.append(storage.create(self._temporary(path), nbytes, direct=is_direct))
-        except BaseException:
-            self.abort()
-            raise
+        for path, nbytes in zip(self._finals, sizes, strict=True):
+            is_direct = nbytes >= DIRECT_MIN_NBYTES if direct is None else direct and nbytes > 0
+            if is_direct and direct is None:
+                is_direct = storage.prefers_direct(self._directory)
+            self.files.append(storage.create(self._temporary(path), nbytes, direct=is_direct))
 
     def _temporary(self, path: str) -> str:
         return temporary_path(path, self._token)
 
-    def publish(self, index: bytes) -> None:
-        """Makes the bundle durable and visible.
+    def publish(self, index: bytes, *, strict: bool) -> None:
+        """Makes the bundle durable and visible; ``strict``: if it can be read again as it was written.
 
         If it raises, call :meth:`abort`: then the prefix is as it was, unless only the last step before the end failed,
         the sync of the directory after the commit point; then the new checkpoint is there, perhaps not durable.
@@ -77,6 +87,8 @@ class BundleCommit:
         index_file.write_at(0, [memoryview(index)])
         index_file.sync()
         index_file.close()
+        if strict:
+            self._read_again(index)
         for path in self._finals:
             self._renamed.append(path)
             storage.replace(self._temporary(path), path)
@@ -92,6 +104,30 @@ class BundleCommit:
         for name in self._old:
             with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
                 storage.remove(os.path.join(self._directory, name))
+        self._lock.release()
+
+    def _read_again(self, written: bytes) -> None:
+        def open_again(path: str) -> ReadableFile:
+            return self._storage.open(self._temporary(path), uncached=True)
+
+        path = self._temporary(index_path(self._prefix))
+        problem: str | None = f"{path} is not what was written"
+        with contextlib.closing(open_again(index_path(self._prefix))) as file:
+            found = bytearray(len(written))
+            file.read_into(0, [memoryview(found)])
+        if found == written and file.size == len(written):
+            problems = bundle_problems(
+                BundleIndex(written, path),
+                lambda shard: open_again(self._finals[shard]),
+                lambda shard: self._temporary(self._finals[shard]),
+                checksums=True,
+            )
+            problem = next(problems, None)
+        if problem is not None:
+            raise DataLossError(
+                f"cannot save {self._prefix}: what was written differs when it is read again. {problem}. The disk, its "
+                "cable or the memory is failing; save elsewhere"
+            )
 
     def _may_be_committed(self) -> bool:
         """After a rename of the index that failed: a network file system may have done it, and lost the answer."""
@@ -106,10 +142,11 @@ class BundleCommit:
         self.files.clear()
 
     def abort(self) -> None:
-        """Removes what was written.  Never raises; does nothing after the commit."""
+        """Removes what was written and releases the lock.  Never raises; removes nothing after the commit."""
         for file in self.files:
             file.abort()
         for path in self._renamed:
             with contextlib.suppress(Error):
                 self._storage.remove(path)
         self._keep()
+        self._lock.release()

@@ -7,11 +7,17 @@ be used from any thread; a file object too, unless :attr:`Storage.ordered` says 
 from __future__ import annotations
 
 import os
+import secrets
+import socket
+import zlib
 from collections.abc import Sequence
 from typing import Protocol
 
 from gpusaver.errors import InvalidArgumentError
 from gpusaver.tensor import Buffer
+
+#: How long a lock is waited for.  Only a save of that very prefix holds it longer, or a process that was stopped.
+LOCK_SECONDS = 10.0
 
 
 class WritableFile(Protocol):
@@ -44,6 +50,14 @@ class ReadableFile(Protocol):
         """Idempotent."""
 
 
+class Lock(Protocol):
+    #: False where the storage has no locks: then nobody is kept out.
+    is_exclusive: bool
+
+    def release(self) -> None:
+        """Idempotent.  Never raises.  Does nothing in a forked child, which does not have the lock."""
+
+
 class Storage(Protocol):
     #: True if files must be written in ascending offsets (object stores).
     ordered: bool
@@ -57,7 +71,11 @@ class Storage(Protocol):
     def prefers_direct(self, directory: str) -> bool:
         """Whether large files in this directory profit from ``direct=True`` (probed once, then remembered)."""
 
-    def open(self, path: str) -> ReadableFile: ...
+    def open(self, path: str, *, uncached: bool = False) -> ReadableFile:
+        """``uncached``: what is read comes from the medium, not from memory, as far as the system lets itself be asked.
+
+        NotFoundError if there is no such file.
+        """
 
     def exists(self, path: str) -> bool: ...
 
@@ -80,6 +98,29 @@ class Storage(Protocol):
 
     def sync_directory(self, path: str) -> None:
         """Returns when creations, renames and removals in the directory are on stable storage."""
+
+    def lock(self, path: str, *, wait_seconds: float = LOCK_SECONDS) -> Lock:
+        """Takes the advisory lock ``path``: of all Savers, in this process or any other, one at a time has it.
+
+        The lock of a process that has died is free.  FailedPreconditionError naming the owner after ``wait_seconds``.
+        """
+
+    def free_nbytes(self, directory: str) -> int | None:
+        """Bytes that can still be written below the directory; None if there is no telling."""
+
+
+def new_token() -> str:
+    """For the name of a temporary file: 16 hex digits, the first four of which stand for this host."""
+    return f"{_host_digits()}{secrets.token_hex(6)}"
+
+
+def is_token_of_this_host(token: str) -> bool:
+    """May be wrong once in 65,536 other hosts."""
+    return token.startswith(_host_digits())
+
+
+def _host_digits() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()) & 0xFFFF:04x}"
 
 
 def read_bytes(storage: Storage, path: str, *, limit: int | None = None) -> bytes:

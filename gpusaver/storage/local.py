@@ -7,7 +7,6 @@ import errno
 import mmap
 import operator
 import os
-import secrets
 import stat
 import sys
 import threading
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from gpusaver.errors import Error, OutOfRangeError, from_os_error
+from gpusaver.storage import locks
+from gpusaver.storage.base import LOCK_SECONDS, new_token
 from gpusaver.tensor import Buffer
 
 #: What O_DIRECT wants of offset, length and address on every device in use (512 would do on some).
@@ -174,13 +175,15 @@ class LocalStorage:
                 self._direct[device] = _file_system(device) in _DIRECT_FILE_SYSTEMS and _direct_works(directory)
             return self._direct[device]
 
-    def open(self, path: str) -> LocalReadableFile:
+    def open(self, path: str, *, uncached: bool = False) -> LocalReadableFile:
         with _translated("open", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 os.close(fd)
                 raise OSError(errno.EISDIR, "not a regular file")
+        if uncached:
+            _drop_cache(fd)
         return LocalReadableFile(path, fd, status.st_size)
 
     def exists(self, path: str) -> bool:
@@ -223,6 +226,15 @@ class LocalStorage:
             finally:
                 os.close(fd)
 
+    def lock(self, path: str, *, wait_seconds: float = LOCK_SECONDS) -> locks.FileLock:
+        with _translated("lock", path):
+            return locks.acquire(path, wait_seconds)
+
+    def free_nbytes(self, directory: str) -> int | None:
+        with _translated("look at", directory):
+            status = os.statvfs(directory or ".")
+        return status.f_bavail * status.f_frsize
+
 
 def _open_new(path: str, direct: bool) -> tuple[int, int]:
     if direct and _O_DIRECT:
@@ -249,6 +261,17 @@ def _reserve(fd: int, nbytes: int) -> None:
             if error.errno not in _CANNOT_RESERVE:
                 raise
     os.ftruncate(fd, nbytes)
+
+
+def _drop_cache(fd: int) -> None:
+    """Of pages that have been written back; those that another process has mapped stay."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        elif sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
 
 def _full_sync(fd: int) -> None:
@@ -278,7 +301,7 @@ def _file_system(device: int) -> str:
 
 def _direct_works(directory: str) -> bool:
     """Tries one aligned block.  A refusal (EINVAL, EFAULT) shows here, not in the middle of a save."""
-    path = os.path.join(directory, f"probe.{secrets.token_hex(8)}.gpusaver-tmp")
+    path = os.path.join(directory, f"probe.{new_token()}.gpusaver-tmp")
     block = mmap.mmap(-1, DIRECT_ALIGNMENT)
     fd = -1
     try:

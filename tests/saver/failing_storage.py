@@ -12,7 +12,7 @@ from gpusaver.storage.local import LocalStorage
 
 OPERATIONS = [
     *("create", "open", "exists", "is_directory", "modified_time", "list", "make_directory"),
-    *("replace", "remove", "sync_directory", "prefers_direct"),
+    *("replace", "remove", "sync_directory", "prefers_direct", "lock", "free_nbytes"),
 ]
 
 KINDS: dict[str, type[Error]] = {"ENOSPC": ResourceExhaustedError, "EIO": UnknownError}
