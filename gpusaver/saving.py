@@ -10,6 +10,7 @@ import numpy as np
 
 from gpusaver.device import HOST, Runtime
 from gpusaver.errors import ResourceExhaustedError
+from gpusaver.exporting import Description
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import BundleCommit
@@ -91,8 +92,11 @@ class Saving:
                 )
         return ""
 
-    def write(self, save: Save, pending: PendingSave) -> None:
-        """Returns when the checkpoint is durable; after an error nothing of it is left."""
+    def write(self, save: Save, pending: PendingSave, meta_graph: tuple[str, Description] | None = None) -> None:
+        """Returns when the checkpoint is durable; after an error nothing of it is left.
+
+        ``meta_graph``: the path of the `.meta` file, and what it says.
+        """
         layout = save.plan.layout
         commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
         try:
@@ -110,8 +114,9 @@ class Saving:
             )
             checksums.update(save.string_checksums)
             index = save.plan.index(commit.num_shards, checksums)
+            meta_file = None if meta_graph is None else (meta_graph[0], meta_graph[1].content())
             pending.begin_commit()
-            commit.publish(index)
+            commit.publish(index, meta_file)
         except BaseException:
             commit.abort()
             raise

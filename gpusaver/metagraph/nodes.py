@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -29,8 +30,18 @@ def node(op: str, name: str, inputs: Iterable[str] = (), device: str = "", **att
         op=op,
         input=inputs,
         device=device,
-        attr={key: as_attr(value) for key, value in attributes.items()},
+        attr={key: _shared_attr(value) if _is_frequent(value) else as_attr(value) for key, value in attributes.items()},
     )
+
+
+def _is_frequent(value: Any) -> bool:
+    """Of few values, in many nodes: types, shapes, flags."""
+    return isinstance(value, DataType | tuple | bool)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _shared_attr(value: Any) -> AttrValue:
+    return as_attr(value)
 
 
 def constant(name: str, value: Any, device: str = "") -> NodeDef:

@@ -84,10 +84,21 @@ def saver_nodes(
         saved = _after(nodes, "control_dependency", prefix, [_save(nodes, prefix, saveables)])
         restored = _restore(nodes, prefix, saveables, reshape)
     restore_all = nodes.add("NoOp", "restore_all", _controls(restored))
-    return nodes.made, SaverDef(
-        filename_tensor_name=f"{prefix}:0",
-        save_tensor_name=f"{saved}:0",
-        restore_op_name=restore_all,
+    saver_def = names_of_saver(scope, sharded)
+    assert [f"{prefix}:0", f"{saved}:0", restore_all] == [
+        saver_def.filename_tensor_name,
+        saver_def.save_tensor_name,
+        saver_def.restore_op_name,
+    ]
+    return nodes.made, saver_def
+
+
+def names_of_saver(scope: str, sharded: bool) -> SaverDef:
+    """The SaverDef of the nodes that :func:`saver_nodes` makes."""
+    return SaverDef(
+        filename_tensor_name=f"{scope}/Const:0",
+        save_tensor_name=f"{scope}/{'Identity' if sharded else 'control_dependency'}:0",
+        restore_op_name=f"{scope}/restore_all",
         sharded=sharded,
         version=SaverDef.V2,
     )

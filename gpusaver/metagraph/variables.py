@@ -91,8 +91,9 @@ def variable_def(variable: GraphVariable, initial_value: str = "") -> VariableDe
 
 def slice_info(part: Part) -> SaveSliceInfoDef:
     box = part.slice.resolve(part.full_shape)
+    name = part.full_name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return SaveSliceInfoDef(
-        full_name=part.full_name,
+        full_name=name,
         full_shape=part.full_shape,
         var_offset=[start for start, _ in box],
         var_shape=[length for _, length in box],

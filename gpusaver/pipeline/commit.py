@@ -4,10 +4,10 @@
 
     data files under temporary names, space reserved       nothing visible
     ... written by the pipeline ...
-    data files synced; index written under a temporary name, synced
+    data files synced; index, and `.meta` if there is one, written under temporary names, synced
     data files renamed; directory synced                    still no checkpoint: there is no index
     index renamed                                           <- the commit point
-    directory synced                                        durable
+    `.meta` renamed; directory synced                       durable
     data files of the checkpoint that was there before: removed
 
 A prefix that exists already keeps its old files until the commit: a bundle of N shards is replaced by one of N + 1 (or
@@ -62,21 +62,18 @@ class BundleCommit:
     def _temporary(self, path: str) -> str:
         return temporary_path(path, self._token)
 
-    def publish(self, index: bytes) -> None:
-        """Makes the bundle durable and visible.
+    def publish(self, index: bytes, meta_graph: tuple[str, bytes] | None = None) -> None:
+        """Makes the bundle durable and visible, and with it ``meta_graph``: path and content of a `.meta` file.
 
-        If it raises, call :meth:`abort`: then the prefix is as it was, unless only the last step before the end failed,
-        the sync of the directory after the commit point; then the new checkpoint is there, perhaps not durable.
+        If it raises, call :meth:`abort`: then the prefix is as it was, unless only a step after the commit point
+        failed; then the new checkpoint is there, perhaps not durable, perhaps without its `.meta`.
         """
         storage, final_index = self._storage, index_path(self._prefix)
         for file in self.files:
             file.sync()
             file.close()
-        index_file = storage.create(self._temporary(final_index), len(index))
-        self.files.append(index_file)
-        index_file.write_at(0, [memoryview(index)])
-        index_file.sync()
-        index_file.close()
+        meta_file = None if meta_graph is None else self._write(*meta_graph)
+        self._write(final_index, index)
         for path in self._finals:
             self._renamed.append(path)
             storage.replace(self._temporary(path), path)
@@ -88,10 +85,23 @@ class BundleCommit:
                 self._renamed.clear()
             raise
         self._keep()
+        if meta_graph is not None and meta_file is not None:
+            self.files.append(meta_file)
+            storage.replace(self._temporary(meta_graph[0]), meta_graph[0])
+            self.files.clear()
         storage.sync_directory(self._directory)
         for name in self._old:
             with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
                 storage.remove(os.path.join(self._directory, name))
+
+    def _write(self, path: str, content: bytes) -> WritableFile:
+        """A small file, complete and durable under the temporary name of ``path``."""
+        file = self._storage.create(self._temporary(path), len(content))
+        self.files.append(file)
+        file.write_at(0, [memoryview(content)])
+        file.sync()
+        file.close()
+        return file
 
     def _may_be_committed(self) -> bool:
         """After a rename of the index that failed: a network file system may have done it, and lost the answer."""
@@ -106,7 +116,7 @@ class BundleCommit:
         self.files.clear()
 
     def abort(self) -> None:
-        """Removes what was written.  Never raises; does nothing after the commit."""
+        """Removes what was written.  Never raises; what is committed stays."""
         for file in self.files:
             file.abort()
         for path in self._renamed:
