@@ -3,7 +3,7 @@
 >>> import gpusaver, numpy as np
 >>> state = {"w": np.zeros(3, np.float32), "step": 0}
 >>> saver = gpusaver.Saver(state)
->>> prefix = saver.save("/tmp/model.ckpt", 1)      # writes /tmp/model.ckpt-1.index and .data-00000-of-00001
+>>> prefix = saver.save("/tmp/model.ckpt", 1)      # writes /tmp/model.ckpt-1.index, .data-..., .meta
 >>> report = saver.restore(prefix)                 # into the same array
 
 Log records go to the logger ``gpusaver``.
@@ -36,12 +36,19 @@ from gpusaver.errors import (
     UnknownError,
 )
 from gpusaver.finding import latest_checkpoint, verify
+from gpusaver.importing import import_meta_graph
 from gpusaver.pending import PendingSave, SaveReport
 from gpusaver.reader import CheckpointReader, list_variables, load, load_checkpoint, load_variable
 from gpusaver.restoring import RestoreReport
 from gpusaver.saver import Saver, save
 from gpusaver.tensor import DataType, TensorSlice, TensorSpec
-from gpusaver.variables import PartitionedVariable, Variable, reset_default_variables, variables
+from gpusaver.variables import (
+    PartitionedVariable,
+    Variable,
+    current_variables,
+    reset_default_variables,
+    variables,
+)
 
 __version__ = "0.1.0.dev0"
 
@@ -70,9 +77,11 @@ __all__ = [
     "Variable",
     "checkpoint_exists",
     "checkpoints_iterator",
+    "current_variables",
     "generate_checkpoint_state_proto",
     "get_checkpoint_mtimes",
     "get_checkpoint_state",
+    "import_meta_graph",
     "latest_checkpoint",
     "list_variables",
     "load",

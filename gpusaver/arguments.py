@@ -6,9 +6,11 @@ import functools
 import inspect
 import operator
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+from gpusaver.bundle import filenames
 from gpusaver.checkpoint_state import DEFAULT_STATE_FILENAME, PathLike, generate_checkpoint_state_proto
 from gpusaver.storage.base import Storage
 
@@ -93,6 +95,13 @@ def state_filename(
     if is_written:
         generate_checkpoint_state_proto(directory, prefix)  # finds names that are not UTF-8
     return name
+
+
+def meta_graph_file(prefix: str, suffix: str) -> str:
+    """ValueError for a suffix by which the file would be another one of the checkpoint, or elsewhere."""
+    if not isinstance(suffix, str) or not re.fullmatch(r"[^/\0]+", suffix) or re.match(r"index$|data-", suffix):
+        raise ValueError(f"meta_graph_suffix {suffix!r}: expected the end of a file name, as 'meta'")
+    return filenames.meta_graph_path(prefix, suffix)
 
 
 def make_directory(storage: Storage, directory: str, prefix: str) -> None:

@@ -416,7 +416,7 @@ def remove_checkpoint(
 def _remove_files(storage: Storage, prefix: str, meta_graph_suffix: str) -> None:
     directory, base = os.path.split(prefix)
     data = [os.path.join(directory, name) for name in storage.list(directory) if filenames.is_data_of(name, base)]
-    meta = f"{filenames.v1_shard_prefix(prefix) or prefix}.{meta_graph_suffix}"
+    meta = filenames.meta_graph_path(prefix, meta_graph_suffix)
     first_error: Error | None = None
     for path in (filenames.index_path(prefix), *data, meta, *v1_files(storage, prefix)):
         try:

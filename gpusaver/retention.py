@@ -76,6 +76,15 @@ class Retention:
         self._last: dict[str, tuple[str, float]] = {}
 
     @property
+    def max_to_keep(self) -> int:
+        """0: all."""
+        return self._max_to_keep
+
+    @property
+    def keep_checkpoint_every_n_hours(self) -> float | None:
+        return None if self._period == math.inf else self._period / 3600
+
+    @property
     def last_checkpoints(self) -> list[str]:
         """A new list of the paths, oldest first."""
         return [path for path, _ in self._last.values()]

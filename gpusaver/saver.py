@@ -7,14 +7,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gpusaver.arguments import (
     checkpoint_prefix,
     from_saver_def,
     fs_path,
     make_directory,
+    meta_graph_file,
     state_filename,
     without_session,
 )
@@ -28,7 +29,9 @@ from gpusaver.checkpoint_state import (
 )
 from gpusaver.device import HOST
 from gpusaver.errors import CancelledError, Error, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from gpusaver.exporting import Description, SaverOptions
 from gpusaver.finding import check, first_sound
+from gpusaver.metagraph.rewriting import without_scope, write_meta_graph
 from gpusaver.pending import PendingSave, ended_if_interrupted
 from gpusaver.pipeline.plan import Plan, Save, plan_save
 from gpusaver.pipeline.workers import run_in_background
@@ -40,6 +43,9 @@ from gpusaver.storage.base import Storage
 from gpusaver.storage.local import LocalStorage
 from gpusaver.variables import Leaf, check_variables_once, current_variables, flatten
 
+if TYPE_CHECKING:
+    from gpusaver.protos import MetaGraphDef, SaverDef
+
 _log = logging.getLogger("gpusaver")
 
 WhenBusy = Literal["wait", "skip", "raise"]
@@ -49,6 +55,7 @@ class _Request(NamedTuple):
     """How to save; ``is_awaited``: the caller waits for the end and gets the error."""
 
     meta_graph_suffix: str
+    write_meta_graph: bool
     write_state: bool
     capture: Capture
     when_busy: WhenBusy
@@ -65,8 +72,8 @@ class Saver:
     ``max_to_keep``, ``keep_checkpoint_every_n_hours``: see :class:`gpusaver.retention.Retention`.
     ``pad_step_number``: steps of eight digits.  ``save_relative_paths``: what the state file holds, so that a
     directory can be moved.  ``restore_sequentially``: restore with one thread.  ``saver_def``: a SaverDef, ours or
-    TensorFlow's, whose retention and sharding are taken.  ``defer_build``: :meth:`build` is called later.  ``name``,
-    ``filename``: attributes without effect on a save or restore, as in TensorFlow.
+    TensorFlow's, whose retention and sharding are taken.  ``defer_build``: :meth:`build` is called later.  ``name``:
+    the scope of this Saver's nodes in ``.meta`` files, default "save"; ``filename``: the prefix they take without one.
     ``staging_bytes``: pinned host memory for copies from devices; the least, and the default, is 32 MiB; as much as the
     state lets a "deferred" save run at the speed of the link, whatever the disk's.
     ``direct_io``: None decides by directory and size, True or False for all.  ``strict``: every save is read again from
@@ -120,6 +127,9 @@ class Saver:
         self._clock = clock
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
         self._saving = Saving(self._storage, direct_io, staging_bytes, strict=strict)
+        kept = self._retention.max_to_keep, self._retention.keep_checkpoint_every_n_hours
+        self._options = SaverOptions(name, filename, sharded, reshape, *kept)
+        self._description: Description | None = None
         self._plan: Plan | None = None
         self._pending: PendingSave | None = None
         self._closed = False
@@ -142,8 +152,9 @@ class Saver:
         check_variables_once(leaves)
         if not leaves and not self._allow_empty:
             raise ValueError(
-                "No variables to save: pass a dict of arrays, make a gpusaver.Variable, or allow_empty=True. To read a "
-                "checkpoint without variables: gpusaver.load(prefix)"
+                "No variables to save: pass a dict of arrays, make a gpusaver.Variable, or allow_empty=True. "
+                "gpusaver.import_meta_graph(prefix + '.meta') makes the variables of a checkpoint anew, and "
+                "gpusaver.load(prefix) reads it without any"
             )
         plan_save(leaves, sharded=self._sharded, cached=None)  # finds every leaf that cannot be stored
         self._names = [leaf.name for leaf in leaves]
@@ -158,19 +169,21 @@ class Saver:
         *,
         latest_filename: PathLike | None = None,
         meta_graph_suffix: str = "meta",
+        write_meta_graph: bool = True,
         write_state: bool = True,
     ) -> str:
         """Saves and returns the prefix when the checkpoint is durable: ``save_path``, or ``save_path-<step>``.
 
         ``global_step``: an int, or an integer Variable or array of rank 0.  ``latest_filename``: name of the state
-        file, default "checkpoint".  ``meta_graph_suffix``: of the ``.meta`` files that retention removes along.
-        ``write_state=False``: neither state file nor retention.
+        file, default "checkpoint".  ``write_meta_graph``: also write ``<prefix>.meta``, from which TensorFlow and
+        :func:`gpusaver.import_meta_graph` make the variables anew; ``meta_graph_suffix``: another ending of that file,
+        and of those that retention removes along.  ``write_state=False``: neither state file nor retention.
 
         Raises TypeError for a wrong kind of argument, ValueError for a directory whose parent does not exist,
         ResourceExhaustedError for a full disk (found before anything is copied), and the error of an earlier
         background save that nobody has seen.  After an error older checkpoints and the state file are as they were.
         """
-        request = _Request(meta_graph_suffix, write_state, "blocking", "wait", is_awaited=True)
+        request = _Request(meta_graph_suffix, write_meta_graph, write_state, "blocking", "wait", is_awaited=True)
         pending = self._start(save_path, global_step, latest_filename, request)
         assert pending is not None
         with ended_if_interrupted(pending):
@@ -186,6 +199,7 @@ class Saver:
         when_busy: WhenBusy = "wait",
         latest_filename: PathLike | None = None,
         meta_graph_suffix: str = "meta",
+        write_meta_graph: bool = True,
         write_state: bool = True,
     ) -> PendingSave | None:
         """Starts a save and returns while it goes on in the background; see :meth:`save` for the other arguments.
@@ -199,7 +213,7 @@ class Saver:
             raise ValueError(f"capture: expected auto, snapshot, deferred or blocking, found {capture!r}")
         if when_busy not in ("wait", "skip", "raise"):
             raise ValueError(f"when_busy: expected wait, skip or raise, found {when_busy!r}")
-        request = _Request(meta_graph_suffix, write_state, capture, when_busy, is_awaited=False)
+        request = _Request(meta_graph_suffix, write_meta_graph, write_state, capture, when_busy, is_awaited=False)
         pending = self._start(save_path, global_step, latest_filename, request)
         if pending is not None and pending.capture == "blocking":
             with ended_if_interrupted(pending):
@@ -219,6 +233,7 @@ class Saver:
             is_relative=self._save_relative_paths,
             is_written=request.write_state,
         )
+        meta_graph_file(prefix, request.meta_graph_suffix)  # refuses what cannot be one
         finish = (request.meta_graph_suffix, state_name) if request.write_state else None
         while self._has_ended(self._pending, request.when_busy):
             with self._lock:
@@ -234,8 +249,12 @@ class Saver:
         if self._names is None:
             raise RuntimeError("`build()` should be called before save if defer_build==True")
         self._raise_earlier_error()
-        save = plan_save(self._leaves(), sharded=self._sharded, cached=self._plan)
+        leaves = self._leaves()
+        save = plan_save(leaves, sharded=self._sharded, cached=self._plan)
         self._plan = save.plan
+        meta_graph = None
+        if request.write_meta_graph:
+            meta_graph = meta_graph_file(prefix, request.meta_graph_suffix), self._describe(leaves, save.plan)
         make_directory(self._storage, os.path.dirname(prefix), prefix)
         save, mode, reason = self._saving.capture(save, request.capture)
         devices = [runtime for runtime in save.runtimes() if runtime is not HOST]
@@ -253,7 +272,7 @@ class Saver:
         self._pending = pending
         copies = self._retention.copies_to_come() if has_step and finish is not None else 1
         with ended_if_interrupted(pending):
-            run_in_background(lambda: self._run(save, pending, finish, copies))
+            run_in_background(lambda: self._run(save, pending, meta_graph, finish, copies))
         return pending
 
     @staticmethod
@@ -285,10 +304,17 @@ class Saver:
             )
         return leaves
 
-    def _run(self, save: Save, pending: PendingSave, finish: tuple[str, str] | None, copies: int) -> None:
+    def _run(
+        self,
+        save: Save,
+        pending: PendingSave,
+        meta_graph: tuple[str, Description] | None,
+        finish: tuple[str, str] | None,
+        copies: int,
+    ) -> None:
         """In the background: write, commit, state file, retention."""
         try:
-            self._saving.write(save, pending, copies)
+            self._saving.write(save, pending, meta_graph, copies)
             if finish is not None:
                 with self._list_lock:
                     self._update_state(pending.prefix, *finish)
@@ -403,6 +429,62 @@ class Saver:
         self._check_process()
         return first_sound(checkpoint_dir, attempt, latest_filename, allow_outside=allow_outside, storage=self._storage)
 
+    # -- meta graphs
+
+    def export_meta_graph(
+        self,
+        filename: PathLike | None = None,
+        collection_list: Collection[str] | None = None,
+        as_text: bool = False,
+        export_scope: str | None = None,
+        clear_devices: bool = False,
+    ) -> MetaGraphDef:
+        """The variables, and how this Saver saves and restores them, as TensorFlow's ``import_meta_graph`` takes them.
+
+        ``filename``: also write it there, atomically; ``as_text``: in protobuf's text format.  ``collection_list``: of
+        "variables", "trainable_variables" and "global_step"; None: all.  ``export_scope``: only variables whose names
+        start with it and a slash, which are cut off (checkpoints keep the whole names).  ``clear_devices``: without the
+        devices that were given to Variables.  The message is :class:`gpusaver.protos.MetaGraphDef`.
+        """
+        with self._lock:
+            leaves = self._built_leaves("export_meta_graph")
+            plan = plan_save(leaves, sharded=self._sharded, cached=self._plan).plan
+            meta_graph = self._describe(leaves, plan).meta_graph(
+                collection_list=collection_list, export_scope=export_scope, clear_devices=clear_devices
+            )
+        if filename is not None:
+            write_meta_graph(meta_graph, fs_path(filename, "filename"), as_text=as_text, storage=self._storage)
+        return meta_graph
+
+    def as_saver_def(self) -> SaverDef:
+        """Retention, sharding, and the names of the nodes that save and restore in :meth:`export_meta_graph`."""
+        with self._lock:
+            leaves = self._built_leaves("as_saver_def")
+            plan = plan_save(leaves, sharded=self._sharded, cached=self._plan).plan
+            return self._describe(leaves, plan).saver_def()
+
+    def to_proto(self, export_scope: str | None = None) -> SaverDef | None:
+        """:meth:`as_saver_def` with ``export_scope`` cut off its three names; None if one does not start with it."""
+        return without_scope(self.as_saver_def(), export_scope)
+
+    @staticmethod
+    def from_proto(saver_def: Any, import_scope: str | None = None) -> Saver:
+        """A Saver of the current collection's variables, with the retention and sharding of ``saver_def``."""
+        return Saver(saver_def=saver_def, name=import_scope)
+
+    def _built_leaves(self, what: str) -> list[Leaf]:
+        self._check_process()
+        self._check_open()
+        if self._names is None:
+            raise RuntimeError(f"`build()` should be called before {what} if defer_build==True")
+        return self._leaves()
+
+    def _describe(self, leaves: Sequence[Leaf], plan: Plan) -> Description:
+        """Of the plan; the last one if that still fits."""
+        if self._description is None or not self._description.fits(plan, leaves):
+            self._description = Description(plan, leaves, self._options)
+        return self._description
+
     # -- the list of checkpoints
 
     @property
@@ -439,7 +521,7 @@ class Saver:
                 self._raise_earlier_error()
             finally:
                 self._saving.close()
-                self._plan = None
+                self._plan = self._description = None
 
     def __enter__(self) -> Saver:
         return self
@@ -462,7 +544,7 @@ class Saver:
             raise FailedPreconditionError("this Saver is closed")
 
 
-def save(prefix: PathLike, tensors: Any) -> str:
+def save(prefix: PathLike, tensors: Any, *, write_meta_graph: bool = True) -> str:
     """Saves ``tensors`` (a dict, as a Saver takes it) once, without state file or retention; returns the prefix."""
     with Saver(tensors, max_to_keep=None) as saver:
-        return saver.save(prefix, write_state=False)
+        return saver.save(prefix, write_meta_graph=write_meta_graph, write_state=False)

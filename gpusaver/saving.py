@@ -10,6 +10,7 @@ import numpy as np
 
 from gpusaver.device import HOST, Runtime
 from gpusaver.errors import ResourceExhaustedError
+from gpusaver.exporting import Description
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import BundleCommit
@@ -94,10 +95,11 @@ class Saving:
                 )
         return ""
 
-    def write(self, save: Save, pending: PendingSave, copies: int) -> None:
+    def write(self, save: Save, pending: PendingSave, meta_graph: tuple[str, Description] | None, copies: int) -> None:
         """Returns when the checkpoint is durable; after an error nothing of it is left.
 
-        ``copies``: how many checkpoints of this size will come beside what is there before the first is deleted.
+        ``meta_graph``: the path of the `.meta` file, and what it says.  ``copies``: how many checkpoints of this size
+        will come beside what is there before the first is deleted.
         """
         layout = save.plan.layout
         self._preflight.check(pending.prefix, sum(layout.shard_nbytes), len(save.plan.items), copies)
@@ -117,8 +119,9 @@ class Saving:
             )
             checksums.update(save.string_checksums)
             index = save.plan.index(commit.num_shards, checksums)
+            meta_file = None if meta_graph is None else (meta_graph[0], meta_graph[1].content())
             pending.begin_commit()
-            commit.publish(index, strict=self._strict)
+            commit.publish(index, meta_file, strict=self._strict)
         except BaseException:
             commit.abort()
             raise

@@ -173,6 +173,20 @@ def variables() -> Iterator[None]:
         _scoped.reset(token)
 
 
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """Variables made inside the ``with`` join the current collection together, if it ends without an error."""
+    outer, inner = _current(), _Collection()
+    token = _scoped.set(inner)
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+    for name in inner.variables.keys() & outer.variables.keys():
+        outer.add(inner.variables[name])  # raises
+    outer.variables.update(inner.variables)
+
+
 def reset_default_variables() -> None:
     """Empties the current collection (the variables live on where they are referred to)."""
     _current().variables.clear()

@@ -42,7 +42,7 @@ class NativeScene(Scene):
         return self.opened[-1]
 
     def save_with(self, saver: Saver, path: Any, step: Any, **options: Any) -> str:
-        return saver.save(path, step, **options)
+        return saver.save(path, step, **{"write_meta_graph": False, **options})
 
 
 @pytest.fixture

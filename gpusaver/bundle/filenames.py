@@ -33,6 +33,11 @@ def data_path(prefix: str, shard: int, num_shards: int) -> str:
     return f"{prefix}.data-{shard:05d}-of-{num_shards:05d}"
 
 
+def meta_graph_path(prefix: str, suffix: str) -> str:
+    """The file of the MetaGraphDef; the shards of a V1 checkpoint share one."""
+    return f"{v1_shard_prefix(prefix) or prefix}.{suffix}"
+
+
 def temporary_path(path: str, token: str) -> str:
     """A name beside ``path`` for the time of writing; ``token`` is 16 hex digits."""
     return f"{path}.{token}{TEMPORARY_SUFFIX}"

@@ -5,11 +5,11 @@
     lock of the prefix taken                                or FailedPreconditionError: somebody else is writing it
     data files under temporary names, space reserved       nothing visible
     ... written by the pipeline ...
-    data files synced; index written under a temporary name, synced
-    strict: all of it read again and compared               DataLossError: the old checkpoint stays
+    data files synced; index, and `.meta` if there is one, written under temporary names, synced
+    strict: data and index read again and compared          DataLossError: the old checkpoint stays
     data files renamed; directory synced                    still no checkpoint: there is no index
     index renamed                                           <- the commit point
-    directory synced                                        durable
+    `.meta` renamed; directory synced                       durable
     data files of the checkpoint that was there before: removed
     lock released
 
@@ -72,21 +72,20 @@ class BundleCommit:
     def _temporary(self, path: str) -> str:
         return temporary_path(path, self._token)
 
-    def publish(self, index: bytes, *, strict: bool) -> None:
-        """Makes the bundle durable and visible; ``strict``: if it can be read again as it was written.
+    def publish(self, index: bytes, meta_graph: tuple[str, bytes] | None = None, *, strict: bool = False) -> None:
+        """Makes the bundle durable and visible, and with it ``meta_graph``: path and content of a `.meta` file.
 
-        If it raises, call :meth:`abort`: then the prefix is as it was, unless only the last step before the end failed,
-        the sync of the directory after the commit point; then the new checkpoint is there, perhaps not durable.
+        ``strict``: if it can be read again as it was written.
+
+        If it raises, call :meth:`abort`: then the prefix is as it was, unless only a step after the commit point
+        failed; then the new checkpoint is there, perhaps not durable, perhaps without its `.meta`.
         """
         storage, final_index = self._storage, index_path(self._prefix)
         for file in self.files:
             file.sync()
             file.close()
-        index_file = storage.create(self._temporary(final_index), len(index))
-        self.files.append(index_file)
-        index_file.write_at(0, [memoryview(index)])
-        index_file.sync()
-        index_file.close()
+        meta_file = None if meta_graph is None else self._write(*meta_graph)
+        self._write(final_index, index)
         if strict:
             self._read_again(index)
         for path in self._finals:
@@ -100,6 +99,10 @@ class BundleCommit:
                 self._renamed.clear()
             raise
         self._keep()
+        if meta_graph is not None and meta_file is not None:
+            self.files.append(meta_file)
+            storage.replace(self._temporary(meta_graph[0]), meta_graph[0])
+            self.files.clear()
         storage.sync_directory(self._directory)
         for name in self._old:
             with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
@@ -129,6 +132,15 @@ class BundleCommit:
                 "cable or the memory is failing; save elsewhere"
             )
 
+    def _write(self, path: str, content: bytes) -> WritableFile:
+        """A small file, complete and durable under the temporary name of ``path``."""
+        file = self._storage.create(self._temporary(path), len(content))
+        self.files.append(file)
+        file.write_at(0, [memoryview(content)])
+        file.sync()
+        file.close()
+        return file
+
     def _may_be_committed(self) -> bool:
         """After a rename of the index that failed: a network file system may have done it, and lost the answer."""
         try:
@@ -142,7 +154,7 @@ class BundleCommit:
         self.files.clear()
 
     def abort(self) -> None:
-        """Removes what was written and releases the lock.  Never raises; removes nothing after the commit."""
+        """Removes what was written and releases the lock.  Never raises; what is committed stays."""
         for file in self.files:
             file.abort()
         for path in self._renamed:

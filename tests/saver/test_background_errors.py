@@ -126,7 +126,7 @@ def test_a_state_file_that_cannot_be_written_is_told_apart(
         saver.save(tmp_path / "k", 1)
     assert caught.value.__notes__ == [f"The checkpoint {tmp_path}/k-1 itself is complete; no state file lists it."]
     assert gpusaver.load(tmp_path / "k-1")["step"] == 1
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "k-1.data-00000-of-00001", "k-1.index"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "k-1.data-00000-of-00001", "k-1.index", "k-1.meta"]
 
 
 # -- cancel

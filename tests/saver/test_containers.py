@@ -239,7 +239,8 @@ def test_another_set_of_names_is_refused(tmp_path: Path, change: Any, message: s
             saver.save(tmp_path / "k", 2)
         with pytest.raises(ValueError, match=message):
             saver.restore(prefix)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*("checkpoint", "k-1.data-00000-of-00001", "k-1.index")]
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["checkpoint", "k-1.data-00000-of-00001", "k-1.index", "k-1.meta"]
 
 
 def test_an_error_at_the_save_names_the_leaf(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class TensorFlowScene(Scene):
         return v1.train.Saver(**options)
 
     def save_with(self, saver: Any, path: Any, step: Any, **options: Any) -> Any:
-        return saver.save(self._session, path, step, write_meta_graph=False, **options)
+        return saver.save(self._session, path, step, **{"write_meta_graph": False, **options})
 
 
 @pytest.fixture

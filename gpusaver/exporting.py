@@ -1,0 +1,138 @@
+"""Variables described as a MetaGraphDef: the `.meta` file beside a checkpoint, from which they can be made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from gpusaver.metagraph.building import saver_scope, variables_meta_graph
+from gpusaver.metagraph.nodes import Names, node_name
+from gpusaver.metagraph.rewriting import encoded, remove_devices
+from gpusaver.metagraph.saver_nodes import Saveable, names_of_saver
+from gpusaver.metagraph.variables import GraphVariable, Part
+from gpusaver.pipeline.plan import Plan
+from gpusaver.variables import Leaf, Variable
+
+if TYPE_CHECKING:
+    from gpusaver.protos import MetaGraphDef, SaverDef
+
+#: Other nodes of a variable: no variable may be called so.
+_BELOW = ("Assign", "Read/ReadVariableOp")
+#: TensorFlow's "never", as its default: 0 would mean that every checkpoint is kept.
+_NO_HOURS = 10_000.0
+
+
+class SaverOptions(NamedTuple):
+    """What the graph says of the Saver itself."""
+
+    name: str | None
+    filename: str | None
+    sharded: bool
+    reshape: bool
+    max_to_keep: int
+    keep_checkpoint_every_n_hours: float | None
+
+
+class Description:
+    """What the variables of one plan are, without their arrays.
+
+    A Saver keeps it as long as :meth:`fits`: the content of `.meta` files is made once, by the first :meth:`content`.
+    """
+
+    def __init__(self, plan: Plan, leaves: Sequence[Leaf], options: SaverOptions) -> None:
+        self._plan = plan
+        self._trainable = _trainable(leaves)
+        self._declared_devices = [leaf.device for leaf in leaves]
+        self._options = options
+        self._content: bytes | None = None
+
+    def fits(self, plan: Plan, leaves: Sequence[Leaf]) -> bool:
+        return plan is self._plan and self._trainable == _trainable(leaves)
+
+    def content(self) -> bytes:
+        """The bytes of a `.meta` file.  Without devices: one that is missing would keep TensorFlow from restoring."""
+        if self._content is None:
+            self._content = encoded(self.meta_graph(clear_devices=True))
+        return self._content
+
+    def meta_graph(
+        self,
+        *,
+        collection_list: Collection[str] | None = None,
+        export_scope: str | None = None,
+        clear_devices: bool = False,
+    ) -> MetaGraphDef:
+        """See :meth:`gpusaver.Saver.export_meta_graph`."""
+        scope = f"{export_scope.rstrip('/')}/" if export_scope else ""
+        saveables = [
+            Saveable(key, variable._replace(name=variable.name.removeprefix(scope)))
+            for key, variable in self._saveables()
+            if variable.name.startswith(scope)
+        ]
+        meta_graph = variables_meta_graph(
+            saveables,
+            scope=self._options.name,
+            sharded=self._options.sharded,
+            reshape=self._options.reshape,
+            filename=self._options.filename or "model",
+            collections=collection_list,
+        )
+        self._add_retention(meta_graph.saver_def)
+        if clear_devices:
+            remove_devices(meta_graph)
+        return meta_graph
+
+    def saver_def(self) -> SaverDef:
+        names = [variable.name for _, variable in self._saveables()]
+        saver_def = names_of_saver(saver_scope(names, self._options.name), self._options.sharded)
+        self._add_retention(saver_def)
+        return saver_def
+
+    def _add_retention(self, saver_def: SaverDef) -> None:
+        saver_def.max_to_keep = self._options.max_to_keep
+        saver_def.keep_checkpoint_every_n_hours = self._options.keep_checkpoint_every_n_hours or _NO_HOURS
+
+    def _saveables(self) -> list[Saveable]:
+        names = _VariableNames()
+        counts: dict[str, int] = {}
+        saveables = []
+        rows = zip(self._plan.rows, self._trainable, self._declared_devices, strict=True)
+        for row, trainable, declared in rows:
+            key, base, part = row.name, row.name, None
+            if row.part is not None and row.full_shape is not None and not row.part.is_whole(row.full_shape):
+                number = counts[key] = counts.get(key, -1) + 1
+                base, part = f"{key}/part_{number}", Part(key, row.full_shape, row.part)
+            device = row.device if self._options.sharded else declared
+            variable = GraphVariable(
+                names.unique(base), row.spec.dtype, row.spec.shape, trainable, device=_graph_device(device), part=part
+            )
+            saveables.append(Saveable(key, variable))
+        return saveables
+
+
+class _VariableNames:
+    """Names that the nodes of a variable can have: those of TensorFlow where they are possible and free."""
+
+    def __init__(self) -> None:
+        self._names = Names()
+
+    def unique(self, text: str) -> str:
+        while True:
+            name = self._names.unique(node_name(text))
+            below = [f"{name}/{node}" for node in _BELOW]
+            if not any(node in self._names for node in below):
+                for node in below:
+                    self._names.unique(node)
+                return name
+
+
+def _trainable(leaves: Sequence[Leaf]) -> list[bool]:
+    return [isinstance(leaf.holder, Variable) and leaf.holder.trainable for leaf in leaves]
+
+
+def _graph_device(device: str | None) -> str:
+    """ "cuda:0" as graphs spell it, "/device:GPU:0"."""
+    if device is None:
+        return ""
+    kind, _, number = device.partition(":")
+    return f"/device:{'GPU' if kind == 'cuda' else kind.upper()}:{number}"

@@ -1,0 +1,211 @@
+"""The nodes that a Saver adds to a graph, and the SaverDef that names three of them.
+
+::
+
+    save/filename/input -> save/filename -> save/Const          the prefix, fed by whoever saves or restores
+
+    unsharded    save/SaveV2(save/Const, tensor_names, shape_and_slices, values...)
+                 save/control_dependency                        = save/Const after SaveV2: fetch it to save
+    sharded      per device: save/SaveV2[_i] to save/ShardedFilename[_i], part i of N below P_temp/
+                 save/MergeV2Checkpoints                        one index, data files renamed
+                 save/Identity                                  = save/Const after it: fetch it to save
+
+    restore      save/RestoreV2(save/Const, tensor_names, shape_and_slices) -> [Reshape] -> an assign per variable
+                 save/restore_all                               after all of them: run it to restore
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpusaver.metagraph.nodes import Names, colocated, constant, node
+from gpusaver.metagraph.tensors import tensor_proto
+from gpusaver.metagraph.variables import GraphVariable, is_fully_known, slice_spec
+from gpusaver.protos.graph_pb2 import NodeDef
+from gpusaver.protos.saver_pb2 import SaverDef
+from gpusaver.protos.types_pb2 import TensorProto
+from gpusaver.tensor import DataType
+
+_SHORT_DEVICE = re.compile(r"/(?:device:)?(cpu|gpu):", re.IGNORECASE)
+_ANY_DEVICE = re.compile(r"/(?:device:)?(?:cpu|gpu|xla_cpu|xla_gpu|tpu):(?:\d+|\*)", re.IGNORECASE)
+
+
+class Saveable(NamedTuple):
+    """A variable of the graph and the name it has in checkpoints."""
+
+    key: str
+    variable: GraphVariable
+
+    @property
+    def value(self) -> str:
+        """What is saved: a whole reference variable itself, as TensorFlow does, else what reads it."""
+        variable = self.variable
+        return variable.read if variable.is_resource or variable.part is not None else variable.name
+
+    @property
+    def device(self) -> str:
+        """In one spelling, so that devices can be compared."""
+        return _SHORT_DEVICE.sub(lambda match: f"/device:{match[1].upper()}:", self.variable.device)
+
+
+def saver_nodes(
+    saveables: Sequence[Saveable],
+    *,
+    scope: str = "save",
+    sharded: bool = False,
+    reshape: bool = False,
+    filename: str = "model",
+) -> tuple[list[NodeDef], SaverDef]:
+    """Saves and restores ``saveables``, sorted by key, the parts of one variable side by side.
+
+    ``scope``: a prefix that no node of the graph has.  ``sharded``: a shard per distinct device, in the order of their
+    names.  ``reshape``: stored shapes may differ from the variables'.  The SaverDef has the three names, ``sharded``
+    and the version; retention is the caller's.
+    """
+    nodes = _Scope(scope)
+    prefix = nodes.constant("filename/input", filename)
+    for name in ("filename", "Const"):
+        prefix = nodes.add("PlaceholderWithDefault", name, [prefix], dtype=DataType.string, shape=())
+    if sharded:
+        in_order = sorted(saveables, key=lambda saveable: saveable.device)
+        groups = itertools.groupby(in_order, key=lambda saveable: saveable.device)
+        shards = [(device, list(members)) for device, members in groups]
+        saved = _save_sharded(nodes, prefix, shards)
+        restored = []
+        for device, members in shards:
+            assigns = _restore(nodes, prefix, members, reshape)
+            restored.append(nodes.add("NoOp", "restore_shard", _controls(assigns), device))
+    else:
+        saved = _after(nodes, "control_dependency", prefix, [_save(nodes, prefix, saveables)])
+        restored = _restore(nodes, prefix, saveables, reshape)
+    restore_all = nodes.add("NoOp", "restore_all", _controls(restored))
+    saver_def = names_of_saver(scope, sharded)
+    assert [f"{prefix}:0", f"{saved}:0", restore_all] == [
+        saver_def.filename_tensor_name,
+        saver_def.save_tensor_name,
+        saver_def.restore_op_name,
+    ]
+    return nodes.made, saver_def
+
+
+def names_of_saver(scope: str, sharded: bool) -> SaverDef:
+    """The SaverDef of the nodes that :func:`saver_nodes` makes."""
+    return SaverDef(
+        filename_tensor_name=f"{scope}/Const:0",
+        save_tensor_name=f"{scope}/{'Identity' if sharded else 'control_dependency'}:0",
+        restore_op_name=f"{scope}/restore_all",
+        sharded=sharded,
+        version=SaverDef.V2,
+    )
+
+
+class _Scope:
+    """The nodes made so far, all below one scope; clashes get a number, as in TensorFlow."""
+
+    def __init__(self, scope: str) -> None:
+        self._scope = scope
+        self._names = Names()
+        self.made: list[NodeDef] = []
+
+    def name(self, base: str) -> str:
+        return f"{self._scope}/{self._names.unique(base)}"
+
+    def add(self, op: str, base: str, inputs: Sequence[str], device: str = "", **attributes: Any) -> str:
+        """``inputs``: names as this returned them.  Returns the node's."""
+        name = self.name(base)
+        self.made.append(node(op, name, inputs, device, **attributes))
+        return name
+
+    def constant(self, base: str, value: Any, device: str = "") -> str:
+        name = self.name(base)
+        self.made.append(constant(name, value, device))
+        return name
+
+    def checkpoint_op(
+        self, op: str, first: str, saveables: Sequence[Saveable], values: Sequence[str], device: str
+    ) -> str:
+        """SaveV2 or RestoreV2, after the constants that name what it moves."""
+        name = self.name(op)
+        keys = [saveable.key for saveable in saveables]
+        specs = [slice_spec(saveable.variable.part) for saveable in saveables]
+        names, slices = f"{name}/tensor_names", f"{name}/shape_and_slices"
+        self.made += [constant(names, _strings(keys), device), constant(slices, _strings(specs), device)]
+        dtypes = [saveable.variable.dtype for saveable in saveables]
+        self.made.append(node(op, name, [first, names, slices, *values], device, dtypes=dtypes))
+        return name
+
+
+def _strings(items: Sequence[str]) -> TensorProto:
+    return tensor_proto(np.array(items, object))
+
+
+def _controls(names: Sequence[str]) -> list[str]:
+    return [f"^{name}" for name in names]
+
+
+def _after(nodes: _Scope, name: str, value: str, befores: Sequence[str], device: str = "") -> str:
+    """The string ``value``, once the ``befores`` have run."""
+    return nodes.add("Identity", name, [value, *_controls(befores)], device, T=DataType.string)
+
+
+def _save(nodes: _Scope, filename: str, saveables: Sequence[Saveable], device: str = "") -> str:
+    values = [saveable.value for saveable in saveables]
+    return nodes.checkpoint_op("SaveV2", filename, saveables, values, device)
+
+
+def _save_sharded(nodes: _Scope, prefix: str, shards: Sequence[tuple[str, Sequence[Saveable]]]) -> str:
+    suffix = nodes.constant("Const", "_temp/part")
+    stem = nodes.add("StringJoin", "StringJoin", [prefix, suffix], N=2, separator="")
+    count = nodes.constant("num_shards", np.int32(len(shards)))
+    filenames, saved = [], []
+    for number, (device, members) in enumerate(shards):
+        host = on_host(device)
+        filename = nodes.name("ShardedFilename")
+        nodes.made.append(constant(f"{filename}/shard", np.int32(number), host))
+        nodes.made.append(node("ShardedFilename", filename, [stem, f"{filename}/shard", count], host))
+        save = _save(nodes, filename, members, host)
+        filenames.append(filename)
+        saved.append(_after(nodes, "control_dependency", filename, [save], host))
+    merge = nodes.name("MergeV2Checkpoints")
+    pack = f"{merge}/checkpoint_prefixes"
+    nodes.made += [
+        node("Pack", pack, [*filenames, *_controls(saved)], N=len(shards), T=DataType.string, axis=0),
+        node("MergeV2Checkpoints", merge, [pack, prefix], delete_old_dirs=True),
+    ]
+    return _after(nodes, "Identity", prefix, [merge, *saved])
+
+
+def _restore(nodes: _Scope, prefix: str, saveables: Sequence[Saveable], reshape: bool) -> list[str]:
+    """The nodes that assign."""
+    restore = nodes.checkpoint_op("RestoreV2", prefix, saveables, (), on_host(saveables[0].variable.device))
+    assigns = []
+    for number, (_, variable) in enumerate(saveables):
+        value = f"{restore}:{number}" if number else restore
+        name, dtype, device = variable.name, variable.dtype, variable.device
+        has_shape = reshape and is_fully_known(variable.shape)
+        if has_shape:
+            reshaped = nodes.name("Reshape")
+            nodes.made += [
+                constant(f"{reshaped}/shape", np.array(variable.shape, np.int64), device),
+                node("Reshape", reshaped, [value, f"{reshaped}/shape"], device, T=dtype, Tshape=DataType.int64),
+            ]
+            value = reshaped
+        if variable.is_resource:
+            value = nodes.add("Identity", "Identity", [value], device, T=dtype)
+            assigns.append(nodes.add("AssignVariableOp", "AssignVariableOp", [name, value], device, dtype=dtype))
+        else:
+            # Without a known shape the variable takes the stored one.
+            checks = is_fully_known(variable.shape)
+            attributes = {"T": dtype, "validate_shape": checks, "use_locking": True, "_class": colocated(name)}
+            assigns.append(nodes.add("Assign", "Assign", [name, value], device, **attributes))
+    return assigns
+
+
+def on_host(device: str) -> str:
+    """The CPU of the same machine: where files are read and written."""
+    return f"{_ANY_DEVICE.sub('', device)}/device:CPU:0"
