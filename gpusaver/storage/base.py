@@ -59,7 +59,8 @@ class Storage(Protocol):
 
     def open(self, path: str) -> ReadableFile: ...
 
-    def exists(self, path: str) -> bool: ...
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file; an error if that cannot be found out."""
 
     def is_directory(self, path: str) -> bool: ...
 
