@@ -11,6 +11,7 @@ import os
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,12 @@ def open_descriptors() -> int:
     return len(os.listdir("/dev/fd"))
 
 
+def check_nothing_is_left(threads: int, descriptors: int) -> None:
+    while threading.active_count() > threads:  # the thread of a save outlives its result by a moment
+        time.sleep(0.001)
+    assert open_descriptors() == descriptors
+
+
 def check_failed_save(scenario: Scenario, directory: Path, failing: Failing, error_name: str) -> None:
     """Runs the scenario; during its last save the calls fail."""
     directory.mkdir()
@@ -105,8 +112,7 @@ def check_failed_save(scenario: Scenario, directory: Path, failing: Failing, err
                 acknowledged = last
             except Error as error:
                 check_error(error, directory, error_name)
-        assert threading.active_count() == threads
-        assert open_descriptors() == descriptors
+        check_nothing_is_left(threads, descriptors)
         found = check_recovery(folder, acknowledged)
         assert found in (acknowledged, last)
         for version in before:
@@ -173,8 +179,7 @@ def test_a_restore(verify: str, mode: tuple[str, bool], memory_path: Path, count
                     check_error(error, memory_path, mode[0])
                     if verify == "before" and failing.calls[-1].name != "close":
                         assert version_of(job.state) == 2
-            assert threading.active_count() == threads
-            assert open_descriptors() == descriptors
+            check_nothing_is_left(threads, descriptors)
             assert job.restore(prefix) == 1
         return failing.is_reached
 
