@@ -174,7 +174,7 @@ def replayed(record: list[Operation]) -> Content:
 
 
 class CrashPoint:
-    """The moment after ``record[:n]``: ``durable``, what is surely on the disk; ``open``, the operations that may be."""
+    """The moment after ``record[:n]``: ``durable`` is surely on the disk, of each operation in ``open`` it is open."""
 
     def __init__(self, record: list[Operation], n: int) -> None:
         past = record[:n]
