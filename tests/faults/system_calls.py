@@ -26,7 +26,7 @@ CHANGES = frozenset({"mkdir", "unlink", "replace", "pwritev", "posix_fallocate",
 
 
 class Call(NamedTuple):
-    """``path``: of the file at stake, for a rename its new name; ``is_directory`` tells the two kinds of syncs apart."""
+    """``path``: of the file at stake, for a rename its new name; ``is_directory`` tells apart what is synced."""
 
     name: str
     path: str

@@ -1,4 +1,4 @@
-"""How much of each test runs: the bounded size in `make test`, the long one in `make test-faults`."""
+"""How much of a test runs: the bounded size in `make test`, the long one in `make test-faults`."""
 
 from __future__ import annotations
 
