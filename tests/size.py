@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import TypeVar
@@ -35,3 +36,10 @@ def deadline(seconds: float = DEADLINE_SECONDS) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def join_savers() -> None:
+    """The thread of a save outlives its result by a moment."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("gpusaver"):
+            thread.join()

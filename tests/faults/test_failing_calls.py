@@ -11,7 +11,6 @@ import os
 import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 from oracle import check_recovery
 from scenarios import Scenario, version_of
-from size import deadline, sized
+from size import deadline, join_savers, sized
 from system_calls import Call, intercepted
 
 import gpusaver
@@ -90,8 +89,8 @@ def open_descriptors() -> int:
 
 
 def check_nothing_is_left(threads: int, descriptors: int) -> None:
-    while threading.active_count() > threads:  # the thread of a save outlives its result by a moment
-        time.sleep(0.001)
+    join_savers()
+    assert threading.active_count() == threads
     assert open_descriptors() == descriptors
 
 
