@@ -12,7 +12,7 @@ OUTPUT = build/demo
 
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help install demo test test-tf check test-gpu bench bench-gpu nightly docs protos clean
+.PHONY: help install demo test test-tf check test-gpu test-faults fuzz bench bench-gpu bench-damage nightly docs protos clean
 .PHONY: active require-gpu require-tf
 
 SYSTEM := $(shell uname -sm)
@@ -34,6 +34,7 @@ endif
 # TensorFlow and the peers of the benchmark pin their own NumPy and protobuf: each has an environment of its own.
 TF_PY := .venv-tf/bin/python
 BENCH_PY := .venv-bench/bin/python
+FUZZ_PY := .venv-fuzz/bin/python
 # The real published network that tests/tf reads: PyPI's wheel, which pip checks against the hash in basic-pitch.txt.
 BASIC_PITCH := $(CURDIR)/.venv-tf/wheels/basic_pitch-0.4.0-py2.py3-none-any.whl
 
@@ -105,6 +106,12 @@ $(VENV)/.installed: pyproject.toml
 	@$(BENCH_PY) -m pip install --quiet -e . -r benchmarks/requirements.txt
 	@touch $@
 
+.venv-fuzz/.installed: pyproject.toml tests/fuzz/requirements.txt
+	$(call make_venv,.venv-fuzz)
+	@echo ".venv-fuzz: installing gpusaver[snappy] and atheris"
+	@$(FUZZ_PY) -m pip install --quiet -e '.[snappy]' -r tests/fuzz/requirements.txt
+	@touch $@
+
 active:
 	@$(PY) -c 'import google.protobuf, fastcrc, ml_dtypes, numpy, pynvml' || { \
 	    echo "The active environment lacks what gpusaver needs: make install VENV=0 installs it there." >&2; exit 1; }
@@ -155,6 +162,15 @@ bench: .venv-bench/.installed $(TF_READY)  ## measure against torch.save, safete
 
 bench-gpu: require-gpu $(READY)  ## measure on an NVIDIA GPU
 	$(PY) benchmarks/bench_gpu.py
+
+test-faults: $(READY)  ## the long runs of faults, kills, damage and fuzzing; prints the counts of docs/guarantees.md
+	GPUSAVER_FAULTS=long $(PY) -m pytest -n 2 tests/faults tests/fuzz tests/saver/test_failures.py \
+	    tests/saver/test_processes.py tests/test_damage.py
+
+FUZZ_SECONDS = 60
+fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS each (Linux x86-64)
+	@for target in index v1 state object_graph strings; do \
+	    $(FUZZ_PY) tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) || exit 1; done
 
 nightly: $(READY)  ## test and test-tf with many more generated examples
 	PYTEST_ADDOPTS=--hypothesis-profile=nightly $(MAKE) test test-tf

@@ -1,4 +1,4 @@
-"""What every test gets: Hypothesis profiles, and a check that nothing is left running or open behind it."""
+"""What every test gets: Hypothesis profiles, a check that nothing is left running or open, and a count of cases."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from size import LONG
 
 # No deadline and no "too slow": on a shared machine both measure the neighbours. CI repeats the same examples, so that
 # an unlucky one cannot fail somebody else's change; `make nightly` looks for new ones.
@@ -73,3 +75,22 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         left = open_below(folder).items() - files.items()
     if left:
         pytest.fail(f"files left open: {sorted(path for _, path in left)}")
+
+
+@pytest.fixture
+def count_cases(record_property: Callable[[str, object], None]) -> Callable[[int], None]:
+    """Says how many cases the test went through; the summary adds them up by test."""
+    return lambda number: record_property("cases", number)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not LONG:
+        return
+    totals: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call":
+            cases = [number for name, number in report.user_properties if name == "cases"]
+            totals[report.nodeid.split("[")[0]] += sum(cases) if cases else 1
+    terminalreporter.section("cases")
+    for test, number in sorted(totals.items()):
+        terminalreporter.line(f"{number:>10,}  {test}")

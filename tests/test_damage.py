@@ -7,13 +7,13 @@ tensor, and an index of which every bit is flipped too.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from damage_tools import exact, is_refused, outcome
 
 import gpusaver
 from gpusaver import DataLossError, Error, InvalidArgumentError, NotFoundError, OutOfRangeError, PartitionedVariable
@@ -55,14 +55,6 @@ def untouched(array: Any) -> Any:
 def parts_of(table: Any) -> list[PartitionedVariable]:
     grid = (np.s_[0:1, :], np.s_[1:4, 0:2], np.s_[1:4, 2:3])
     return [PartitionedVariable(table.shape, index, table[index]) for index in grid]
-
-
-def exact(arrays: dict[str, Any]) -> dict[str, Any]:
-    """For comparing every bit, NaN's too."""
-    return {
-        name: np.array(array, object).tolist() if array.dtype == object else array.tobytes()
-        for name, array in ((name, np.asarray(value)) for name, value in arrays.items())
-    }
 
 
 class Checkpoint:
@@ -127,25 +119,6 @@ def test_undamaged(checkpoint: Checkpoint) -> None:
     assert checkpoint.load() == checkpoint.values
     for verify in ("during", "before"):
         assert checkpoint.restore(verify) == checkpoint.values
-
-
-def outcome(call: Callable[[], Any]) -> Any:
-    """What ``call`` returns, or the error of ours that it raises; any other fails the test."""
-    try:
-        return call()
-    except Error as error:
-        return error
-
-
-def is_refused(read: Callable[[], dict[str, Any]], expected: dict[str, Any], *named: str) -> bool:
-    """Whether ``read`` raised an error of ours with these words in it; if it did not, it must have read rightly."""
-    found = outcome(read)
-    if not isinstance(found, Error):
-        assert found == expected, "wrong values were read silently"
-        return False
-    for word in named:
-        assert word in str(found)
-    return True
 
 
 def test_every_flipped_bit_of_the_index(checkpoint: Checkpoint) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
-
 from google.protobuf import text_format
 
-from gpusaver.bundle.filenames import temporary_path
+from gpusaver.bundle.filenames import lock_path, temporary_path
 from gpusaver.protos.meta_graph_pb2 import MetaGraphDef
 from gpusaver.protos.saver_pb2 import SaverDef
-from gpusaver.storage.base import Storage, write_bytes
+from gpusaver.storage.base import Storage, new_token, write_bytes
 from gpusaver.storage.local import LocalStorage
 
 _NAMES = ("filename_tensor_name", "save_tensor_name", "restore_op_name")
@@ -20,7 +18,12 @@ def write_meta_graph(
 ) -> None:
     """Replaces the file atomically and durably.  Text leaves out what this library's messages do not know."""
     data = text_format.MessageToString(meta_graph).encode() if as_text else encoded(meta_graph)
-    write_bytes(storage or LocalStorage(), path, temporary_path(path, secrets.token_hex(8)), data)
+    storage = storage or LocalStorage()
+    lock = storage.lock(lock_path(path))
+    try:
+        write_bytes(storage, path, temporary_path(path, new_token()), data)
+    finally:
+        lock.release()
 
 
 def encoded(meta_graph: MetaGraphDef) -> bytes:

@@ -45,6 +45,8 @@ class BundleCommit:
         self._prefix = prefix
         self._directory, base = os.path.split(prefix)
         self._token = new_token()
+        # Like the index's, so that whoever looks for leftovers knows whose it is: a suffix may be anything.
+        self._meta_temporary = temporary_path(index_path(prefix), new_token())
         self.files: list[WritableFile] = []
         self._renamed: list[str] = []
         self._lock = storage.lock(lock_path(index_path(prefix)))
@@ -84,8 +86,8 @@ class BundleCommit:
         for file in self.files:
             file.sync()
             file.close()
-        meta_file = None if meta_graph is None else self._write(*meta_graph)
-        self._write(final_index, index)
+        meta_file = None if meta_graph is None else self._write(self._meta_temporary, meta_graph[1])
+        self._write(self._temporary(final_index), index)
         if strict:
             self._read_again(index)
         for path in self._finals:
@@ -101,7 +103,7 @@ class BundleCommit:
         self._keep()
         if meta_graph is not None and meta_file is not None:
             self.files.append(meta_file)
-            storage.replace(self._temporary(meta_graph[0]), meta_graph[0])
+            storage.replace(self._meta_temporary, meta_graph[0])
             self.files.clear()
         storage.sync_directory(self._directory)
         for name in self._old:
@@ -132,9 +134,9 @@ class BundleCommit:
                 "cable or the memory is failing; save elsewhere"
             )
 
-    def _write(self, path: str, content: bytes) -> WritableFile:
-        """A small file, complete and durable under the temporary name of ``path``."""
-        file = self._storage.create(self._temporary(path), len(content))
+    def _write(self, temporary: str, content: bytes) -> WritableFile:
+        """A small file, complete and durable under its temporary name."""
+        file = self._storage.create(temporary, len(content))
         self.files.append(file)
         file.write_at(0, [memoryview(content)])
         file.sync()

@@ -77,7 +77,8 @@ class Storage(Protocol):
         NotFoundError if there is no such file.
         """
 
-    def exists(self, path: str) -> bool: ...
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file; an error if that cannot be found out."""
 
     def is_directory(self, path: str) -> bool: ...
 

@@ -33,6 +33,9 @@ _DIRECT_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "f2fs"})
 #: What file systems without reservation answer (FUSE, some network file systems); then ENOSPC shows when writing.
 _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
+#: What says that there is no such file; any other error leaves that open.
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
+
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -178,20 +181,25 @@ class LocalStorage:
     def open(self, path: str, *, uncached: bool = False) -> LocalReadableFile:
         with _translated("open", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
+            try:
+                status = os.fstat(fd)
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError(errno.EISDIR, "not a regular file")
+            except OSError:
                 os.close(fd)
-                raise OSError(errno.EISDIR, "not a regular file")
+                raise
         if uncached:
             _drop_cache(fd)
         return LocalReadableFile(path, fd, status.st_size)
 
     def exists(self, path: str) -> bool:
         """Whether ``path`` is a regular file."""
-        return os.path.isfile(path)
+        status = _status(path)
+        return status is not None and stat.S_ISREG(status.st_mode)
 
     def is_directory(self, path: str) -> bool:
-        return os.path.isdir(path or ".")
+        status = _status(path or ".")
+        return status is not None and stat.S_ISDIR(status.st_mode)
 
     def modified_time(self, path: str) -> float:
         with _translated("look at", path):
@@ -234,6 +242,19 @@ class LocalStorage:
         with _translated("look at", directory):
             status = os.statvfs(directory or ".")
         return status.f_bavail * status.f_frsize
+
+
+def _status(path: str) -> os.stat_result | None:
+    """None if nothing is there, or nothing can be.  Unlike os.path.isfile: a failing disk is no answer."""
+    with _translated("look at", path):
+        try:
+            return os.stat(path)
+        except ValueError:  # a null byte
+            return None
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return None
+            raise
 
 
 def _open_new(path: str, direct: bool) -> tuple[int, int]:

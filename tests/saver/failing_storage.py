@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from gpusaver.errors import Error, ResourceExhaustedError, UnknownError
+from gpusaver.errors import Error, PermissionDeniedError, ResourceExhaustedError, UnknownError
 from gpusaver.storage.base import Buffer
 from gpusaver.storage.local import LocalStorage
 
@@ -15,7 +15,13 @@ OPERATIONS = [
     *("replace", "remove", "sync_directory", "prefers_direct", "lock", "free_nbytes"),
 ]
 
-KINDS: dict[str, type[Error]] = {"ENOSPC": ResourceExhaustedError, "EIO": UnknownError}
+KINDS: dict[str, type[Error]] = {
+    "EIO": UnknownError,
+    "ENOSPC": ResourceExhaustedError,
+    "EINTR": UnknownError,
+    "EDQUOT": ResourceExhaustedError,
+    "EROFS": PermissionDeniedError,
+}
 
 
 class FailingStorage(LocalStorage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -10,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from failing_storage import FailingStorage
+from failing_storage import KINDS, FailingStorage
+from size import sized
 
 import gpusaver
 from gpusaver.errors import Error
 from gpusaver.pipeline import restore
 
 State = dict[str, Any]
+CountCases = Callable[[int], None]
 
-MODES = [("EIO", False), ("ENOSPC", True)]
+MODES = sized([("EIO", False), ("ENOSPC", True)], list(itertools.product(KINDS, (False, True))))
 
 
 def state_of(number: int) -> State:
@@ -82,7 +85,7 @@ def mode(request: pytest.FixtureRequest) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_a_new_checkpoint(tmp_path: Path, mode: tuple[str, bool], direct: bool) -> None:
+def test_a_new_checkpoint(tmp_path: Path, mode: tuple[str, bool], direct: bool, count_cases: CountCases) -> None:
     kind, for_ever = mode
 
     def run(n: int) -> bool:
@@ -121,11 +124,15 @@ def test_a_new_checkpoint(tmp_path: Path, mode: tuple[str, bool], direct: bool) 
             assert gpusaver.latest_checkpoint(directory) == f"{directory}/k-3"
         return is_reached
 
-    assert every_n(run) > 15
+    count = every_n(run)
+    assert count > 15
+    count_cases(count)
 
 
 @pytest.mark.parametrize("lost_answer", [False, True])
-def test_the_same_prefix_again(tmp_path: Path, mode: tuple[str, bool], lost_answer: bool) -> None:
+def test_the_same_prefix_again(
+    tmp_path: Path, mode: tuple[str, bool], lost_answer: bool, count_cases: CountCases
+) -> None:
     """Readers see the old checkpoint or the new one, never a mixture, whatever fails.
 
     With ``lost_answer`` the operation that fails has been done: a network file system may end so.
@@ -168,10 +175,14 @@ def test_the_same_prefix_again(tmp_path: Path, mode: tuple[str, bool], lost_answ
         assert len(data) == 1  # garbage of failed saves goes with the next that succeeds
         return is_reached
 
-    assert every_n(run) > 15
+    count = every_n(run)
+    assert count > 15
+    count_cases(2 * count)
 
 
-def test_a_save_that_gives_up_an_old_checkpoint(tmp_path: Path, mode: tuple[str, bool]) -> None:
+def test_a_save_that_gives_up_an_old_checkpoint(
+    tmp_path: Path, mode: tuple[str, bool], count_cases: CountCases
+) -> None:
     kind, for_ever = mode
 
     def run(n: int) -> bool:
@@ -209,7 +220,9 @@ def test_a_save_that_gives_up_an_old_checkpoint(tmp_path: Path, mode: tuple[str,
                 assert_holds(path, int(path[-1]))
         return is_reached
 
-    assert every_n(run) > 20
+    count = every_n(run)
+    assert count > 20
+    count_cases(count)
 
 
 def overwritten(state: State, before: State) -> set[str]:
@@ -217,7 +230,9 @@ def overwritten(state: State, before: State) -> set[str]:
 
 
 @pytest.mark.parametrize("verify", ["during", "before"])
-def test_a_restore(tmp_path: Path, mode: tuple[str, bool], verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restore(
+    tmp_path: Path, mode: tuple[str, bool], verify: Any, monkeypatch: pytest.MonkeyPatch, count_cases: CountCases
+) -> None:
     """Whoever asks is told which variables are no longer what they were."""
     kind, for_ever = mode
     monkeypatch.setattr(restore, "CHUNK_NBYTES", 128 * 1024)  # several reads
@@ -245,7 +260,9 @@ def test_a_restore(tmp_path: Path, mode: tuple[str, bool], verify: Any, monkeypa
         np.testing.assert_equal(state, state_of(1))
         return is_reached
 
-    assert every_n(run) >= 4
+    count = every_n(run)
+    assert count >= 4
+    count_cases(count)
     assert any(overwritten_some)
 
 

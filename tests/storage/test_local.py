@@ -89,6 +89,39 @@ def test_a_device_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.abort()
 
 
+@pytest.mark.parametrize("look", ["exists", "is_directory"])
+def test_a_disk_that_fails_is_not_an_absent_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str) -> None:
+    def failing(path: str) -> os.stat_result:
+        raise OSError(errno.EIO, "injected", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", failing)
+        with pytest.raises(UnknownError, match=f"cannot look at {tmp_path}/f"):
+            getattr(LocalStorage(), look)(f"{tmp_path}/f")
+
+
+@pytest.mark.parametrize("name", ["none", "file/below", "x" * 300, "null\0byte", "loop"])
+def test_names_that_cannot_be_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert not LocalStorage().exists(f"{tmp_path}/{name}")
+    assert not LocalStorage().is_directory(f"{tmp_path}/{name}")
+
+
+def test_a_file_that_cannot_be_looked_at_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").write_bytes(b"")
+    before = os.listdir("/dev/fd")
+
+    def failing(descriptor: int) -> os.stat_result:
+        raise OSError(errno.EIO, "injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", failing)
+        with pytest.raises(UnknownError, match=f"cannot open {tmp_path}/f"):
+            LocalStorage().open(f"{tmp_path}/f")
+    assert os.listdir("/dev/fd") == before
+
+
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"0123456789")
     file = LocalStorage().open(f"{tmp_path}/f")
