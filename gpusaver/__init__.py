@@ -21,6 +21,8 @@ from gpusaver.checkpoint_state import (
     update_checkpoint_state,
     wait_for_new_checkpoint,
 )
+from gpusaver.device.inventory import devices
+from gpusaver.device.nvml import DeviceInfo
 from gpusaver.errors import (
     CancelledError,
     DataLossError,
@@ -57,6 +59,7 @@ __all__ = [
     "CheckpointReader",
     "DataLossError",
     "DataType",
+    "DeviceInfo",
     "Error",
     "FailedPreconditionError",
     "InternalError",
@@ -78,6 +81,7 @@ __all__ = [
     "checkpoint_exists",
     "checkpoints_iterator",
     "current_variables",
+    "devices",
     "generate_checkpoint_state_proto",
     "get_checkpoint_mtimes",
     "get_checkpoint_state",

@@ -1,0 +1,65 @@
+"""Which CUDA devices there are: CuPy counts them, NVML describes them, matched by PCI bus id."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from gpusaver.device import nvml
+from gpusaver.device.nvml import DeviceInfo
+
+
+def devices() -> list[DeviceInfo]:
+    """The CUDA devices that arrays can be saved from, in CuPy's order: "cuda:0", "cuda:1", ...
+
+    Empty on a machine without a GPU, without a driver, or without CuPy; :func:`why_no_devices` tells which.  Does not
+    raise.  The first call imports CuPy.  A MIG slice, and a device that NVML hides, tells its memory to a CUDA context
+    alone, which is then made.
+    """
+    found = []
+    for number, bus_id in enumerate(_look()[0]):
+        from gpusaver.device import cuda_info
+
+        info = nvml.describe(f"cuda:{number}", bus_id)
+        if info.is_mig or not info.model:
+            info = dataclasses.replace(info, model=cuda_info.model(number))
+        if not info.memory_nbytes:
+            free, total = cuda_info.memory(number)
+            info = dataclasses.replace(info, memory_nbytes=total, free_nbytes=free)
+        found.append(info)
+    return found
+
+
+def why_no_devices() -> str:
+    """ "" if there are any; else the reason in words."""
+    return _look()[1]
+
+
+def link_rate(name: str) -> float:
+    """``DeviceInfo.link_rate`` of the device called "cuda:0" and so on; 0.0 if unknown, and of the host."""
+    return _lasting(name).link_rate
+
+
+def nearby_cpus(name: str) -> frozenset[int]:
+    """``DeviceInfo.cpus`` of the device called "cuda:0" and so on."""
+    return _lasting(name).cpus
+
+
+@functools.cache
+def _lasting(name: str) -> DeviceInfo:
+    """What does not change while the process lives; no context is made for it."""
+    kind, _, number = name.partition(":")
+    bus_ids = _look()[0] if kind == "cuda" else []
+    return nvml.describe(name, bus_ids[int(number)]) if bus_ids else DeviceInfo(name)
+
+
+def _look() -> tuple[list[str], str]:
+    """The devices' PCI bus ids, or why there are none."""
+    try:
+        from gpusaver.device import cuda_info
+    except Exception as error:  # CuPy raises what it likes if a library does not fit
+        return [], f"CuPy cannot be imported: {error}"
+    try:
+        return cuda_info.pci_bus_ids(), ""
+    except Exception as error:
+        return [], f"CuPy is installed, but CUDA cannot be used: {error}"
