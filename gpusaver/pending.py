@@ -8,20 +8,24 @@ import enum
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gpusaver.device import Event
+from gpusaver.device.inventory import link_rate
 from gpusaver.errors import CancelledError, FailedPreconditionError
+from gpusaver.pipeline.timeline import STAGES, Span, Timeline, busy_seconds, chrome_trace
 
 
 @dataclass(frozen=True, slots=True)
 class SaveReport:
-    """What a finished save did.  Times are seconds since the call.
+    """What a finished save did.  Times are in seconds, rates in bytes per second.
 
-    ``capture`` is the mode used and ``reason`` why; ``captured_seconds``: when the arrays could be changed;
-    ``durable_seconds``: when the checkpoint was on stable storage.
+    ``capture`` is the mode used and ``reason`` why; ``devices``: "cuda:0" and so on, of the arrays that were on any.
+    Since the call: ``call_seconds``, until it returned (what the caller lost); ``captured_seconds``, until the arrays
+    had been read; ``durable_seconds``, until the checkpoint was on stable storage.  ``background_seconds``: CPU time of
+    the threads of the save, copies and checksums included.  ``spans``: the stages, chunk by chunk.
     """
 
     prefix: str
@@ -29,8 +33,48 @@ class SaveReport:
     nbytes: int
     capture: str
     reason: str
+    devices: tuple[str, ...]
+    call_seconds: float
     captured_seconds: float
     durable_seconds: float
+    background_seconds: float
+    spans: tuple[Span, ...] = field(repr=False)
+
+    def seconds(self, stage: str) -> float:
+        """How long at least one thread or device was busy with it: "plan", "capture", "copy", "checksum", "write",
+        "sync" or "commit".  Stages overlap."""
+        if stage not in STAGES:
+            raise ValueError(f"stage: expected one of {', '.join(STAGES)}, found {stage!r}")
+        return busy_seconds(self.spans, stage)
+
+    @property
+    def rate(self) -> float:
+        """Of the whole save, until durable."""
+        return self.nbytes / self.durable_seconds
+
+    @property
+    def copy_rate(self) -> float:
+        """Of the copies from devices while any was under way, to be seen beside ``link_rate``; 0.0 without any."""
+        return self._rate("copy")
+
+    @property
+    def write_rate(self) -> float:
+        """Of the writes while any was under way, without the sync at the end; 0.0 without any."""
+        return self._rate("write")
+
+    @property
+    def link_rate(self) -> float:
+        """What to expect of the devices' links together, as :func:`gpusaver.devices` has it; 0.0 if unknown."""
+        return sum(map(link_rate, self.devices))
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes the stages, chunk by chunk, as JSON for https://ui.perfetto.dev and chrome://tracing."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(chrome_trace(self.spans, f"gpusaver {self.prefix}"))
+
+    def _rate(self, stage: str) -> float:
+        nbytes = sum(span.nbytes for span in self.spans if span.stage == stage)
+        return nbytes / self.seconds(stage) if nbytes else 0.0
 
 
 class _State(enum.Enum):
@@ -55,26 +99,28 @@ class PendingSave:
         prefix: str,
         capture: str,
         reason: str,
-        started_at: float,
+        timeline: Timeline,
         *,
         is_awaited: bool,
-        devices: int,
+        devices: Sequence[str],
         has_host_arrays: bool,
     ) -> None:
         self.prefix = prefix
         self.capture = capture
         self.reason = reason
-        self.report: SaveReport | None = None
+        self.timeline = timeline
         self.cancel_requested = threading.Event()
         self._captured = threading.Event()
         self._recorded = threading.Event()
         self._events: list[Event] = []
-        self._devices = devices
+        self._devices = tuple(devices)
         self._has_host_arrays = has_host_arrays
         if not devices:
             self._recorded.set()
         self._captured_at = 0.0
-        self._started_at = started_at
+        self._returned_at = 0.0
+        self._ended_at = 0.0
+        self._size = (0, 0)
         self._error: BaseException | None = None
         self._future: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._state = _State.WORKING
@@ -141,13 +187,33 @@ class PendingSave:
         for event in list(self._events):
             event.hold_back(stream)
 
+    @property
+    def report(self) -> SaveReport | None:
+        """None until the save has ended, and if it failed."""
+        if not self._ended_at:
+            return None
+        started_at = self.timeline.started_at
+        returned_at = self._ended_at if self.is_awaited else self._returned_at or time.perf_counter()
+        return SaveReport(
+            self.prefix,
+            *self._size,
+            self.capture,
+            self.reason,
+            self._devices,
+            call_seconds=returned_at - started_at,
+            captured_seconds=self._captured_at - started_at,
+            durable_seconds=self._ended_at - started_at,
+            background_seconds=self.timeline.background_seconds,
+            spans=tuple(self.timeline.spans),
+        )
+
     # Called by the Saver.
 
     def mark_recorded(self, event: Event) -> None:
         """The last copy of one device ends with ``event``."""
         with self._lock:
             self._events.append(event)
-            if len(self._events) == self._devices:
+            if len(self._events) == len(self._devices):
                 self._recorded.set()
 
     def mark_captured(self) -> None:
@@ -163,10 +229,13 @@ class PendingSave:
                 raise CancelledError("the save was cancelled before it was committed")
             self._state = _State.COMMITTING
 
+    def mark_returned(self) -> None:
+        """The call that began the save is about to return; a call that waits for the end need not say so."""
+        self._returned_at = time.perf_counter()
+
     def finish(self, tensors: int, nbytes: int) -> None:
-        captured = self._captured_at - self._started_at
-        durable = time.perf_counter() - self._started_at
-        self.report = SaveReport(self.prefix, tensors, nbytes, self.capture, self.reason, captured, durable)
+        self._size = tensors, nbytes
+        self._ended_at = time.perf_counter()
         self._state = _State.DONE
         self._future.set_result(self.prefix)
 

@@ -207,6 +207,11 @@ class TensorRead:
         if reader._index is not None:
             self._assembly = Assembly(reader._index, reader.prefix, reader._storage)
 
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes that will be read; of a V1 checkpoint, whose tensors are in its index, 0."""
+        return self._assembly.nbytes if self._assembly is not None else 0
+
     def tensor(self, found: Located, target: Target, wanted: TensorSlice | None = None) -> None:
         """Requires: a fixed-size type; the target has the tensor's shape, or that of ``wanted``."""
         if self._assembly is not None and found.entry is not None:

@@ -9,6 +9,7 @@ import gc
 import logging
 import math
 import operator
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,12 +31,14 @@ _MAX_SUGGESTIONS = 20
 
 
 class RestoreReport:
-    """What a restore did.  All but ``prefix`` and ``values`` are sorted lists of names.
+    """What a restore did.
 
     ``prefix``: of the checkpoint; ``restored``: variables that now hold the stored values; ``missing``: not in the
     checkpoint, left as they were (``partial``); ``skipped``: there with another shape or dtype, left as they were
     (``partial="shapes"``); ``unexpected``: in the checkpoint, but wanted by no variable; ``values``: name -> new value
-    for those that could not be overwritten and were replaced in their container.
+    for those that could not be overwritten and were replaced in their container.  The lists of names
+    are sorted.  ``nbytes``: read from the data files, each byte counted once; ``seconds``: until all was read,
+    verified, and on its way to its device.
     """
 
     def __init__(
@@ -46,7 +49,14 @@ class RestoreReport:
         self.missing = list(missing)
         self.skipped = list(skipped)
         self.values: dict[str, Any] = {}
+        self.nbytes = 0
+        self.seconds = 0.0
         self._reader = reader
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.nbytes / self.seconds if self.seconds else 0.0
 
     @functools.cached_property
     def unexpected(self) -> list[str]:
@@ -78,12 +88,14 @@ def restore_leaves(
     verify_first: bool,
 ) -> RestoreReport:
     """See :meth:`gpusaver.Saver.restore`."""
+    started_at = time.perf_counter()
     with _collector_paused():
         report, read, matches = _plan_all(leaves, reader, partial=partial, reshape=reshape)
     runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
     for runtime in runtimes.values():
         runtime.order_after_caller()
     read.run(slots, threads, verify_first=verify_first)
+    report.nbytes, report.seconds = read.nbytes, time.perf_counter() - started_at
     return report
 
 

@@ -28,12 +28,14 @@ from gpusaver.checkpoint_state import (
     write_state,
 )
 from gpusaver.device import HOST
+from gpusaver.device.inventory import nvtx
 from gpusaver.errors import CancelledError, Error, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from gpusaver.exporting import Description, SaverOptions
 from gpusaver.finding import check, first_sound
 from gpusaver.metagraph.rewriting import without_scope, write_meta_graph
 from gpusaver.pending import PendingSave, ended_if_interrupted
 from gpusaver.pipeline.plan import Plan, Save, plan_save
+from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import run_in_background
 from gpusaver.reader import READ_THREADS, CheckpointReader
 from gpusaver.restoring import RestoreReport, restore_leaves
@@ -215,15 +217,18 @@ class Saver:
             raise ValueError(f"when_busy: expected wait, skip or raise, found {when_busy!r}")
         request = _Request(meta_graph_suffix, write_meta_graph, write_state, capture, when_busy, is_awaited=False)
         pending = self._start(save_path, global_step, latest_filename, request)
-        if pending is not None and pending.capture == "blocking":
+        if pending is None:
+            return None
+        if pending.capture == "blocking":
             with ended_if_interrupted(pending):
                 pending.wait_captured()
+        pending.mark_returned()
         return pending
 
     def _start(
         self, save_path: PathLike, global_step: Any, latest_filename: PathLike | None, request: _Request
     ) -> PendingSave | None:
-        started_at = time.perf_counter()
+        timeline = Timeline(time.perf_counter(), nvtx())
         self._check_process()  # before any lock: in a child it may be held by a thread that is not there
         prefix = checkpoint_prefix(save_path, global_step, padded=self._pad_step_number)
         state_name = state_filename(
@@ -238,11 +243,11 @@ class Saver:
         while self._has_ended(self._pending, request.when_busy):
             with self._lock:
                 if self._pending is None or self._pending.done():  # else another thread was faster
-                    return self._launch(prefix, request, finish, started_at, has_step=global_step is not None)
+                    return self._launch(prefix, request, finish, timeline, has_step=global_step is not None)
         return None
 
     def _launch(
-        self, prefix: str, request: _Request, finish: tuple[str, str] | None, started_at: float, *, has_step: bool
+        self, prefix: str, request: _Request, finish: tuple[str, str] | None, timeline: Timeline, *, has_step: bool
     ) -> PendingSave:
         """Refuses what can be refused, captures, and starts.  Requires: the lock is held, no save is under way."""
         self._check_open()
@@ -250,21 +255,23 @@ class Saver:
             raise RuntimeError("`build()` should be called before save if defer_build==True")
         self._raise_earlier_error()
         leaves = self._leaves()
-        save = plan_save(leaves, sharded=self._sharded, cached=self._plan)
+        with timeline.span("plan"):
+            save = plan_save(leaves, sharded=self._sharded, cached=self._plan)
         self._plan = save.plan
         meta_graph = None
         if request.write_meta_graph:
             meta_graph = meta_graph_file(prefix, request.meta_graph_suffix), self._describe(leaves, save.plan)
         make_directory(self._storage, os.path.dirname(prefix), prefix)
-        save, mode, reason = self._saving.capture(save, request.capture)
-        devices = [runtime for runtime in save.runtimes() if runtime is not HOST]
+        with timeline.span("capture"):
+            save, mode, reason = self._saving.capture(save, request.capture)
+        devices = sorted(runtime.name for runtime in save.runtimes() if runtime is not HOST)
         pending = PendingSave(
             prefix,
             mode,
             reason,
-            started_at,
+            timeline,
             is_awaited=request.is_awaited,
-            devices=len(devices),
+            devices=devices,
             has_host_arrays=len(devices) < len(save.runtimes()),
         )
         if mode == "snapshot" and save.runtimes() == [HOST]:
@@ -314,10 +321,11 @@ class Saver:
     ) -> None:
         """In the background: write, commit, state file, retention."""
         try:
-            self._saving.write(save, pending, meta_graph, copies)
-            if finish is not None:
-                with self._list_lock:
-                    self._update_state(pending.prefix, *finish)
+            with pending.timeline.in_background():
+                self._saving.write(save, pending, meta_graph, copies)
+                if finish is not None:
+                    with self._list_lock, pending.timeline.span("commit"):
+                        self._update_state(pending.prefix, *finish)
         except BaseException as error:  # delivered by PendingSave, whatever it is
             try:
                 if not (pending.is_awaited or isinstance(error, CancelledError)):

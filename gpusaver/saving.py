@@ -116,12 +116,16 @@ class Saving:
                 on_recorded=pending.mark_recorded,
                 on_staged=pending.mark_captured,
                 cancelled=pending.cancel_requested,
+                timeline=pending.timeline,
             )
+            with pending.timeline.span("sync"):
+                commit.sync()
             checksums.update(save.string_checksums)
             index = save.plan.index(commit.num_shards, checksums)
             meta_file = None if meta_graph is None else (meta_graph[0], meta_graph[1].content())
             pending.begin_commit()
-            commit.publish(index, meta_file, strict=self._strict)
+            with pending.timeline.span("commit"):
+                commit.publish(index, meta_file, strict=self._strict)
         except BaseException:
             commit.abort()
             raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
+from typing import Any
 
 from gpusaver.device import nvml
 from gpusaver.device.nvml import DeviceInfo
@@ -43,6 +45,15 @@ def link_rate(name: str) -> float:
 def nearby_cpus(name: str) -> frozenset[int]:
     """``DeviceInfo.cpus`` of the device called "cuda:0" and so on."""
     return _lasting(name).cpus
+
+
+def nvtx() -> Any:
+    """What profilers are told ranges with: an object with RangePush and RangePop; None while no device was used."""
+    if "gpusaver.device.cuda" not in sys.modules:
+        return None
+    from gpusaver.device import cuda_info
+
+    return cuda_info.nvtx()
 
 
 @functools.cache

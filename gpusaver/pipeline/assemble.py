@@ -75,6 +75,11 @@ class Assembly:
             inside = None if common.resolve(shape) == part.resolve(shape) else common
             self._add_stored(stored, place, inside, part, shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes that are read, each once."""
+        return sum(int(reads.ranges.nbytes.sum()) for reads in (self._reads, self._string_reads))
+
     def add_plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
         """Whole tensors, stored as they lie in these NumPy arrays of the user."""
         self._reads.add_plain(names, arrays, ranges)

@@ -74,6 +74,12 @@ class BundleCommit:
     def _temporary(self, path: str) -> str:
         return temporary_path(path, self._token)
 
+    def sync(self) -> None:
+        """The data files are complete.  Call it before :meth:`publish`."""
+        for file in self.files:
+            file.sync()
+            file.close()
+
     def publish(self, index: bytes, meta_graph: tuple[str, bytes] | None = None, *, strict: bool = False) -> None:
         """Makes the bundle durable and visible, and with it ``meta_graph``: path and content of a `.meta` file.
 
@@ -83,9 +89,6 @@ class BundleCommit:
         failed; then the new checkpoint is there, perhaps not durable, perhaps without its `.meta`.
         """
         storage, final_index = self._storage, index_path(self._prefix)
-        for file in self.files:
-            file.sync()
-            file.close()
         meta_file = None if meta_graph is None else self._write(self._meta_temporary, meta_graph[1])
         self._write(self._temporary(final_index), index)
         if strict:

@@ -14,6 +14,7 @@ from gpusaver.device import HOST, Event, Runtime, Transfer
 from gpusaver.errors import CancelledError
 from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers, zero_gaps
 from gpusaver.pipeline.staging import Filled, Staging
+from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import WritableFile
 from gpusaver.tensor import Buffer
@@ -38,6 +39,7 @@ def write_chunks(
     on_recorded: Callable[[Event], None],
     on_staged: Callable[[], None],
     cancelled: threading.Event,
+    timeline: Timeline,
 ) -> dict[int, int]:
     """Writes every tensor into ``files`` (one a shard) and returns the checksum of each that has bytes.
 
@@ -63,14 +65,15 @@ def write_chunks(
         if computed is not None:
             checksums.add_computed(chunk.pieces, computed)
             return
-        for piece in chunk.pieces:
-            checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
+        with timeline.span("checksum", chunk.nbytes):
+            for piece in chunk.pieces:
+                checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
 
     staging = None
     if staged:
         devices = [runtime for runtime, _ in staged if runtime is not HOST]
         ring = slots.ring(devices[0] if devices else HOST)
-        staging = Staging(staged, lambda chunk: _transfers(chunk, sources), seal, ring)
+        staging = Staging(staged, lambda chunk: _transfers(chunk, sources), seal, ring, timeline)
     unread = _Countdown(len(on_host) + (staging.copier_count if staging else 0), on_staged)
 
     def write(job: Chunk | Filled, slot: LazySlot) -> None:
@@ -81,19 +84,20 @@ def write_chunks(
                     raise CancelledError("the save was cancelled before it was committed")
                 if job.event is not None:
                     seal(job.chunk, job.slot.view, job.event.checksums)
-                _write_slot(job.chunk, job.slot.view, files[job.chunk.shard])
+                with timeline.span("write", job.chunk.nbytes):
+                    _write_slot(job.chunk, job.slot.view, files[job.chunk.shard])
             finally:
                 staging.release(job)
         else:
-            _write_from_host(job, sources, files[job.shard], slot, checksums, unread.one_less)
+            _write_from_host(job, sources, files[job.shard], slot, checksums, unread.one_less, timeline)
 
     if staging is None:
-        work_off(on_host, write, slots, threads, cancelled)
+        work_off(on_host, write, slots, threads, cancelled, timeline=timeline)
         return checksums.finished()
     staging.start(on_recorded, unread.one_less)
     try:
         jobs: Iterator[Chunk | Filled] = itertools.chain(staging.filled(), on_host)
-        work_off(jobs, write, slots, threads, on_error=staging.stop)
+        work_off(jobs, write, slots, threads, on_error=staging.stop, timeline=timeline)
     finally:
         staging.stop()
         staging.join()
@@ -115,16 +119,19 @@ def _write_from_host(
     slot: LazySlot,
     checksums: Checksums,
     on_read: Callable[[], None],
+    timeline: Timeline,
 ) -> None:
     """Writes from the arrays themselves; what does not lie there as it is stored goes through the worker's slot."""
     views: list[Buffer | None] = [
         HOST.view(sources[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces
     ]
-    buffers = _stage_rest(chunk, sources, views, slot, checksums)
+    with timeline.span("checksum", chunk.nbytes):
+        buffers = _stage_rest(chunk, sources, views, slot, checksums)
     is_copied = all(view is None for view in views)
     if is_copied:
         on_read()
-    file.write_at(chunk.offset, buffers)
+    with timeline.span("write", chunk.nbytes):
+        file.write_at(chunk.offset, buffers)
     if not is_copied:
         on_read()
 

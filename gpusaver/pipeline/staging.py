@@ -23,11 +23,15 @@ import collections
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from gpusaver.bundle.layout import Chunk
 from gpusaver.device import Event, HostBuffer, Runtime, Transfer
+from gpusaver.device.inventory import nearby_cpus
+from gpusaver.device.nvml import bind_thread
+from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import Ring, Stopped
 
 #: Chunks queued in one device's copy engine.
@@ -57,6 +61,7 @@ class Copier:
         ring: Ring,
         filled: queue.SimpleQueue[Filled | BaseException | None],
         stop: threading.Event,
+        timeline: Timeline,
     ) -> None:
         self._runtime = runtime
         self._chunks = chunks
@@ -65,7 +70,10 @@ class Copier:
         self._ring = ring
         self._filled = filled
         self._stop = stop
-        self._queued: collections.deque[Filled] = collections.deque()
+        self._timeline = timeline
+        #: With the times at which they were queued.
+        self._queued: collections.deque[tuple[Filled, float]] = collections.deque()
+        self._settled_at = 0.0
 
     def run(self, on_recorded: Callable[[Event], None], on_copied: Callable[[], None]) -> None:
         """``on_recorded(event)``: all copies of a device are queued, the last one ends with the event.
@@ -73,15 +81,23 @@ class Copier:
 
         Every chunk goes to ``filled``, then None; or, first, the error.
         """
+        with self._timeline.in_background():
+            self._run(on_recorded, on_copied)
+
+    def _run(self, on_recorded: Callable[[Event], None], on_copied: Callable[[], None]) -> None:
+        bind_thread(nearby_cpus(self._runtime.name))
         try:
             event: Event | None = None
             for chunk in self._chunks:
                 if len(self._queued) == MAX_QUEUED:
                     self._settle()
                 slot = self._ring.acquire(self._stop)
+                queued_at = time.perf_counter()
                 try:
-                    event = self._runtime.to_slot(self._transfers(chunk), slot.view)
+                    with self._timeline.range("copy"):
+                        event = self._runtime.to_slot(self._transfers(chunk), slot.view)
                     if event is None:
+                        self._copied(chunk, threading.current_thread().name, queued_at)
                         # Here rather than by a writer: the bytes are in this core's caches, and the writers only wait.
                         self._seal(chunk, slot.view)
                 except BaseException:
@@ -90,7 +106,7 @@ class Copier:
                 if event is None:
                     self._filled.put(Filled(chunk, slot, None))
                 else:
-                    self._queued.append(Filled(chunk, slot, event))
+                    self._queued.append((Filled(chunk, slot, event), queued_at))
             if event is not None:
                 on_recorded(event)
             while self._queued:
@@ -109,10 +125,11 @@ class Copier:
         for chunk in self._chunks:
             slot = self._ring.acquire(self._stop)
             try:
-                event = self._runtime.to_slot(self._transfers(chunk), slot.view)
-                if event is not None:
-                    event.synchronize()
-                else:
+                with self._timeline.span("copy", chunk.nbytes):
+                    event = self._runtime.to_slot(self._transfers(chunk), slot.view)
+                    if event is not None:
+                        event.synchronize()
+                if event is None:
                     self._seal(chunk, slot.view)
             except BaseException:
                 self._ring.release(slot)
@@ -124,17 +141,24 @@ class Copier:
 
     def _settle(self) -> None:
         """Waits for the oldest copy and hands its chunk to the writers."""
-        filled = self._queued[0]
+        filled, queued_at = self._queued[0]
         assert filled.event is not None
         filled.event.synchronize()
         self._queued.popleft()
+        self._copied(filled.chunk, self._runtime.name, queued_at)
         self._filled.put(filled)
+
+    def _copied(self, chunk: Chunk, track: str, queued_at: float) -> None:
+        """Records a copy that has ended; it began when the one before it, of this runtime, had."""
+        now = time.perf_counter()
+        self._timeline.add_span("copy", track, max(queued_at, self._settled_at), now, chunk.nbytes)
+        self._settled_at = now
 
     def _abandon(self) -> None:
         """Copies in flight still write into their slots: they must end before anybody else gets these."""
         if self._queued:
             self._runtime.synchronize()
-        for filled in self._queued:
+        for filled, _ in self._queued:
             self._ring.release(filled.slot)
         self._queued.clear()
 
@@ -148,6 +172,7 @@ class Staging:
         transfers: Callable[[Chunk], list[Transfer]],
         seal: Callable[[Chunk, memoryview], None],
         ring: Ring,
+        timeline: Timeline,
     ) -> None:
         """``jobs``: the chunks of each runtime, made as they are asked for, in its copier's thread.
 
@@ -156,7 +181,9 @@ class Staging:
         self._filled: queue.SimpleQueue[Filled | BaseException | None] = queue.SimpleQueue()
         self._ring = ring
         self._stop = threading.Event()
-        self._copiers = [Copier(runtime, own, transfers, seal, ring, self._filled, self._stop) for runtime, own in jobs]
+        self._copiers = [
+            Copier(runtime, own, transfers, seal, ring, self._filled, self._stop, timeline) for runtime, own in jobs
+        ]
         self._threads: list[threading.Thread] = []
         self._inline: list[Iterator[Filled]] = []
 

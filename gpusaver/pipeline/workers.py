@@ -15,6 +15,7 @@ from typing import TypeVar
 from gpusaver.device import HOST, HostBuffer, Runtime
 from gpusaver.device.host import allocate_pages
 from gpusaver.errors import CancelledError
+from gpusaver.pipeline.timeline import Timeline
 
 Job = TypeVar("Job")
 
@@ -140,13 +141,14 @@ def work_off(
     threads: int,
     cancelled: threading.Event | None = None,
     on_error: Callable[[], object] | None = None,
+    timeline: Timeline | None = None,
 ) -> None:
     """Calls ``work(job, slot)`` for every job, from ``threads`` threads, the calling one among them.
 
     No more threads take part than there are jobs.  Returns when all jobs are done.  The first error, an interruption
     of the calling thread (Ctrl-C) included, stops the others at their next job and is raised when all threads have
     ended; CancelledError if ``cancelled`` was set before the last job was taken.  ``on_error`` is called at once, to
-    wake whoever makes the jobs.
+    wake whoever makes the jobs.  ``timeline`` gets the CPU time of the other threads; the calling one counts its own.
     """
     jobs = iter(jobs)
     first = list(itertools.islice(jobs, threads))
@@ -167,13 +169,17 @@ def work_off(
             slot.close()
             ended.set()
 
+    def help_out(ended: threading.Event) -> None:
+        with timeline.in_background() if timeline is not None else contextlib.nullcontext():
+            run(ended)
+
     helpers: list[tuple[threading.Thread, threading.Event]] = []
     try:
         # RuntimeError: the interpreter is shutting down, or the system is out of threads.
         with contextlib.suppress(RuntimeError):
             for number in range(1, len(first)):
                 ended = threading.Event()
-                helper = threading.Thread(target=run, args=(ended,), name=f"gpusaver-worker-{number}")
+                helper = threading.Thread(target=help_out, args=(ended,), name=f"gpusaver-worker-{number}")
                 helper.start()
                 helpers.append((helper, ended))
         run(threading.Event())
