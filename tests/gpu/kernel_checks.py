@@ -23,6 +23,8 @@ _LENGTHS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 64, 70, 129, 1000)
 
 def check_copies(cupy: Any, kernels: Any) -> None:
     """Pieces of many lengths, every alignment of array and image, gathered and scattered back."""
+    from gpusaver.device.cuda_memory import Held
+
     stream = cupy.cuda.Stream(non_blocking=True)
     random = np.random.default_rng(0)
     for source_shift in range(16):
@@ -35,10 +37,11 @@ def check_copies(cupy: Any, kernels: Any) -> None:
             start, place = start + nbytes, place + nbytes
         image, back = cupy.full(place + 7, _FENCE, np.uint8), cupy.full(len(octets), _FENCE, np.uint8)
         cupy.cuda.Device().synchronize()
-        keep: list[Any] = []
-        kernels.gather(transfers, image.data.ptr, stream, keep)
-        kernels.scatter([t._replace(array=back) for t in transfers], image.data.ptr, stream, keep)
+        held = Held()
+        kernels.gather(transfers, image.data.ptr, stream, held)
+        kernels.scatter([t._replace(array=back) for t in transfers], image.data.ptr, stream, held)
         stream.synchronize()
+        held.release()
         expected, expected_back = np.full(place + 7, _FENCE, np.uint8), np.full(len(octets), _FENCE, np.uint8)
         for _, start, offset, nbytes in transfers:
             expected[offset : offset + nbytes] = expected_back[start : start + nbytes] = octets[start : start + nbytes]
@@ -48,6 +51,8 @@ def check_copies(cupy: Any, kernels: Any) -> None:
 
 def check_strided(cupy: Any, kernels: Any) -> None:
     """Views of every item size that are not contiguous, whole and in part, also of more dimensions than one launch."""
+    from gpusaver.device.cuda_memory import Held
+
     stream = cupy.cuda.Stream(non_blocking=True)
     random = np.random.default_rng(1)
     for itemsize in (1, 2, 4, 8):
@@ -64,30 +69,35 @@ def check_strided(cupy: Any, kernels: Any) -> None:
             for start, nbytes in ((0, len(flat)), (itemsize, len(flat) - 2 * itemsize), (1, len(flat) - 3)):
                 image = cupy.full(nbytes + 8, _FENCE, np.uint8)
                 cupy.cuda.Device().synchronize()
-                keep: list[Any] = []
-                kernels.gather([Transfer(view(array), start, 5, nbytes)], image.data.ptr, stream, keep)
+                held = Held()
+                kernels.gather([Transfer(view(array), start, 5, nbytes)], image.data.ptr, stream, held)
                 stream.synchronize()
+                held.release()
                 found = image.get().tobytes()
                 assert found == bytes([_FENCE] * 5) + flat[start : start + nbytes] + bytes([_FENCE] * 3)
                 target = cupy.zeros(model.shape, model.dtype)
                 cupy.cuda.Device().synchronize()
-                kernels.scatter([Transfer(view(target), start, 5, nbytes)], image.data.ptr, stream, keep)
+                kernels.scatter([Transfer(view(target), start, 5, nbytes)], image.data.ptr, stream, held)
                 stream.synchronize()
+                held.release()
                 found = np.ascontiguousarray(view(target.get())).tobytes()
                 assert found[start : start + nbytes] == flat[start : start + nbytes]
 
 
 def check_checksums(cupy: Any, kernels: Any, nbytes: int) -> None:
     """Every alignment and short length, and a piece of ``nbytes`` bytes."""
+    from gpusaver.device.cuda_memory import Held
+
     stream = cupy.cuda.Stream(non_blocking=True)
     octets = np.random.default_rng(2).integers(0, 256, nbytes + 16, np.uint8)
     array = cupy.asarray(octets)
     cupy.cuda.Device().synchronize()
     ranges = [(start, length) for start in range(16) for length in _LENGTHS] + [(3, nbytes), (0, nbytes + 16)]
-    keep: list[Any] = []
-    found = kernels.crc32c([(array.data.ptr + start, length) for start, length in ranges], stream, keep)
+    held = Held()
+    found = kernels.crc32c([(array.data.ptr + start, length) for start, length in ranges], stream, held)
     stream.synchronize()
     assert found.tolist() == [crc32c(octets[start : start + length]) for start, length in ranges]
+    held.release()
 
 
 def main() -> None:

@@ -23,11 +23,8 @@ from gpu.tools import (
 
 @pytest.mark.parametrize("capture", ["snapshot", "deferred", "blocking"])
 def test_cupy_and_numpy_write_the_same_bytes(gpu: Gpu, tmp_path: Path, capture: str):
-    """Sizes are multiples of 16, the alignment of small tensors that a device writes."""
-    random = np.random.default_rng(3)
-    host = {f"v{n}": random.integers(0, 99, (8, 2 * n + 2)).astype(np.int32) for n in range(40)}
-    host["large"] = random.standard_normal((gpu.size(1 << 20), 2))
-    device = {name: gpu.upload(array) for name, array in host.items()}
+    values = host_values(gpu, 3)
+    host, device = host_state(values), device_state(gpu, values)
     for name, variables in (("host", host), ("device", device)):
         with gpusaver.Saver(variables) as saver:
             saver.save_async(tmp_path / name / "model", capture=capture).result()
