@@ -1,0 +1,53 @@
+"""A storage that keeps nothing: what a save costs without its writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class _NullFile:
+    alignment = 1
+
+    def write_at(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class NullStorage:
+    """See :class:`gpusaver.storage.base.Storage`; nothing that was written can be opened."""
+
+    ordered = False
+
+    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
+        return _NullFile()
+
+    def prefers_direct(self, directory: str) -> bool:
+        return False
+
+    def open(self, path: str) -> Any:
+        raise NotImplementedError(f"{path}: nothing is kept here")
+
+    def exists(self, path: str) -> bool:
+        return False
+
+    def is_directory(self, path: str) -> bool:
+        return True
+
+    def modified_time(self, path: str) -> float:
+        return 0.0
+
+    def list(self, directory: str) -> list[str]:
+        return []
+
+    def make_directory(self, path: str) -> None: ...
+
+    def replace(self, source: str, target: str) -> None: ...
+
+    def remove(self, path: str) -> None: ...
+
+    def sync_directory(self, path: str) -> None: ...

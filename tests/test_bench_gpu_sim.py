@@ -1,0 +1,149 @@
+"""benchmarks/bench_gpu.py from end to end on a simulated device: that it runs, and what it writes; no figure counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sim.fixture import simulated_cupy  # noqa: F401
+from sim.gpusaver_kernels import install
+from sim.kernels import Kernel, Launch
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = {
+    *("call", "fence", "durable", "cpu", "host_peak", "restore", "restore_peak", "training_call", "device_peak"),
+    *("stall", "step", "steps", "worst_step", "get_p99", "get_p99_before"),
+}
+
+
+@pytest.fixture
+def bench(sim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The script with small sizes, and what it needs of CuPy beyond what gpusaver does."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    install(sim)
+    sim.kernels["change"] = Kernel(change, ("pointer",))
+    sim.cupy.savez = lambda path, **arrays: np.savez(path, **{name: array.get() for name, array in arrays.items()})
+    import bench_gpu
+    import gpu_ceilings
+    import gpu_state
+
+    monkeypatch.setattr(bench_gpu, "SIZES", gpu_ceilings.Sizes(1 << 16, 1 << 16, 1 << 16, 1 << 16))
+    monkeypatch.setattr(bench_gpu, "SIDE", 16)
+    monkeypatch.setattr(bench_gpu, "BASELINE_STEPS", 3)
+    shapes: dict[str, tuple[int, ...]] = {"layer/w": (60, 50), "layer/b": (50,), "scalar": ()}
+    for name, count in (("gpt2", 1), ("small", 10), ("7b", 2)):
+        some = {f"{number}/{key}": shape for number in range(count) for key, shape in shapes.items()}
+        dtype = gpu_state.GPU_WORKLOADS[name].dtype
+        if name == "7b":  # whole words
+            some = {key: (*shape[:-1], 50) for key, shape in some.items()}
+        workload = gpu_state.GpuWorkload(name, f"tiny {name}", some, dtype, 0.001, 2)
+        monkeypatch.setitem(gpu_state.GPU_WORKLOADS, name, workload)
+    yield bench_gpu
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
+            del sys.modules[name]
+
+
+def change(here: Launch, tiles: int) -> None:
+    """As gpu_state._KERNEL."""
+    table = here.memory(tiles, 16 * here.grid[0]).view(np.uint64).reshape(-1, 2)
+    for block, (pointer, count) in enumerate(table.tolist()):
+        words = here.memory(pointer, 4 * count).view(np.uint32)
+        words *= np.uint32(1664525)
+        words += np.uint32(1013904223 + block) + np.arange(count, dtype=np.uint32)
+
+
+def run(bench: Any, tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    places = [f"--place={tmp_path / 'memory'}", f"--place={tmp_path / 'disk'}"]
+    bench.main([*places, f"--output={tmp_path / 'results' / 'bench.json'}", *arguments])
+    return json.loads((tmp_path / "results" / "bench.json").read_text("utf-8"))
+
+
+def test_everything(bench, sim, tmp_path, capsys):
+    results = run(bench, tmp_path)
+    assert set(results["ceilings"]["device"]) == {
+        *("pinned D2H", "pinned H2D", "pageable D2H", "pageable H2D", "D2D", "device crc32c", "host crc32c", "pin")
+    }
+    assert all(rate > 0 for rate in results["ceilings"]["device"].values())
+    assert len(results["devices"]) == 2
+    assert set(results["workloads"]) == {"gpt2", "small", "7b"}
+    for name, workload in results["workloads"].items():
+        assert workload["null_capture"]["rate"] > 0
+        assert len(workload["places"]) == (1 if name == "7b" else 2)
+        for place, measured in workload["places"].items():
+            assert results["ceilings"]["files"][place][name]["write"] > 0
+            ours = {peer for peer, found in measured["peers"].items() if found["is_ours"]}
+            assert len(ours) == (2 if name == "7b" else 4), measured["skipped"]
+            assert name == "7b" or "cupy.savez" in measured["peers"], measured["skipped"]
+            for peer, found in measured["peers"].items():
+                assert set(found["figures"]) >= FIGURES, peer
+                assert found["figures"]["steps"]["min"] >= bench.LEAST_STEPS
+                assert len(found["figures"]["stall"]["values"]) == 2
+                assert ("capture" in found["figures"]) == (found["is_ours"] and peer != "gpusaver blocking")
+            for peer, reason in measured["skipped"].items():
+                assert peer.startswith(("torch", "safetensors", "Orbax"))
+                assert reason.startswith("cannot be imported: "), reason
+    lines = {one["line"].partition(":")[0] for one in results["criteria"]}
+    memory = str(tmp_path / "memory")
+    assert {f"gpt2 in {memory}", f"small in {memory}", f"7b in {memory}", "gpt2", "7b"} <= lines
+    assert all(isinstance(one["holds"], bool) for one in results["criteria"])
+    shown = capsys.readouterr().out
+    assert "Acceptance lines" in shown
+    assert "gpusaver deferred" in shown
+    assert not list((tmp_path / "memory").iterdir())
+    sim.assert_quiescent()
+
+
+def test_cut_down(bench, tmp_path):
+    results = run(bench, tmp_path, "--workload=small", "--peers=gpusaver deferred", "--rounds=1")
+    (workload,) = results["workloads"].values()
+    for measured in workload["places"].values():
+        assert set(measured["peers"]) == {"gpusaver deferred", "gpusaver deferred, ring"}
+        assert measured["skipped"] == {}
+        assert len(measured["peers"]["gpusaver deferred"]["figures"]["durable"]["values"]) == 1
+
+
+def test_the_essential_part(bench, tmp_path):
+    results = run(bench, tmp_path, "--essential", "--rounds=1")
+    measured = results["workloads"]["gpt2"]["places"][str(tmp_path / "memory")]
+    assert len([peer for peer in measured["peers"].values() if peer["is_ours"]]) == 4
+    assert "cupy.savez" not in measured["peers"]
+
+
+def test_out_of_time(bench, tmp_path):
+    results = run(bench, tmp_path, "--workload=gpt2", "--seconds=0.000001")
+    for measured in results["workloads"]["gpt2"]["places"].values():
+        assert measured["peers"] == {}
+        assert set(measured["skipped"].values()) == {"out of time (--seconds 1e-06)"}
+
+
+def test_a_library_that_loses_bytes_is_found_out(bench, tmp_path, monkeypatch):
+    import gpu_peers
+
+    monkeypatch.setattr(gpu_peers.CupySavez, "restore", lambda self: None)
+    results = run(bench, tmp_path, "--workload=gpt2", "--peers=cupy", "--rounds=1")
+    for measured in results["workloads"]["gpt2"]["places"].values():
+        assert "after the restore" in measured["skipped"]["cupy.savez"]
+
+
+def test_too_little_device_memory(bench, tmp_path, monkeypatch):
+    workload = bench.GPU_WORKLOADS["gpt2"]
+    large = type(workload)("gpt2", "too large", {"w": (1 << 24,)}, workload.dtype, 0.001, 1)
+    monkeypatch.setitem(bench.GPU_WORKLOADS, "gpt2", large)
+    results = run(bench, tmp_path, "--workload=gpt2")
+    assert "67108864 bytes and a copy of them do not fit into" in results["workloads"]["gpt2"]["skipped"]
+
+
+def test_without_a_device_it_says_why(bench, tmp_path, sim):
+    sim.has_driver = False
+    with pytest.raises(SystemExit, match="This needs an NVIDIA GPU and CuPy: CuPy is installed, but"):
+        bench.main([f"--place={tmp_path}"])
+    sim.has_driver = True
