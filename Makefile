@@ -5,14 +5,16 @@
 #                       and then only `make install VENV=0` installs anything
 #   GPUSAVER_CPU=1      leave the CUDA extra out even where nvidia-smi reports a driver
 #   OUTPUT=build/demo   where `make demo` writes
+#   OUT=build/gpu-session  where `make gpu-session` writes; also taken from the environment
 
 PYTHON ?=
 VENV ?= .venv
 OUTPUT = build/demo
+OUT ?= build/gpu-session
 
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help install demo test test-tf check test-gpu test-faults fuzz bench bench-gpu bench-damage nightly docs protos clean
+.PHONY: help install demo test test-tf check test-gpu test-faults fuzz bench bench-gpu gpu-session bench-damage nightly docs protos clean
 .PHONY: active require-gpu require-tf
 
 SYSTEM := $(shell uname -sm)
@@ -156,6 +158,14 @@ check: $(READY)  ## lint, format, types, layers, generated messages, documentati
 
 test-gpu: require-gpu $(READY)   ## the tests on an NVIDIA GPU
 	GPUSAVER_REQUIRE_GPU=1 $(PY) -m pytest tests/gpu
+
+# For a machine that is lent for ten minutes: both, cut down, each with an end; whatever happens to the first, the second runs.
+gpu-session: require-gpu $(READY)  ## the essential part of test-gpu and bench-gpu, together under nine minutes
+	@mkdir -p "$(OUT)"
+	@GPUSAVER_REQUIRE_GPU=1 timeout -k 5 240 $(PY) -m pytest tests/gpu --rounds 20 -k 'not racecheck and not synccheck' \
+	    --junitxml "$(OUT)/test-gpu.xml" >"$(OUT)/test-gpu.log" 2>&1; tests=$$?; tail -n 40 "$(OUT)/test-gpu.log"; \
+	OUT="$(OUT)" timeout -k 5 275 $(PY) benchmarks/bench_gpu.py --essential --seconds 200; bench=$$?; \
+	echo "gpu-session: tests $$tests, benchmark $$bench, in $(OUT)"; [ $$tests = 0 ] && [ $$bench = 0 ]
 
 bench: .venv-bench/.installed $(TF_READY)  ## measure against torch.save, safetensors, np.savez and TensorFlow
 	$(BENCH_PY) benchmarks/bench.py

@@ -23,7 +23,7 @@ FIGURES = {
 
 
 @pytest.fixture
-def bench(sim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def bench(sim: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The script with small sizes, and what it needs of CuPy beyond what gpusaver does."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -38,6 +38,8 @@ def bench(sim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(bench_gpu, "SIZES", gpu_ceilings.Sizes(1 << 16, 1 << 16, 1 << 16, 1 << 16))
     monkeypatch.setattr(bench_gpu, "SIDE", 16)
     monkeypatch.setattr(bench_gpu, "BASELINE_STEPS", 3)
+    if "plot" not in request.node.name:  # matplotlib takes seconds to begin
+        monkeypatch.setattr(bench_gpu, "plot", lambda results, path: "No plot")
     shapes: dict[str, tuple[int, ...]] = {"layer/w": (60, 50), "layer/b": (50,), "scalar": ()}
     for name, count in (("gpt2", 1), ("small", 10), ("7b", 2)):
         some = {f"{number}/{key}": shape for number in range(count) for key, shape in shapes.items()}
@@ -111,8 +113,12 @@ def test_cut_down(bench, tmp_path):
         assert len(measured["peers"]["gpusaver deferred"]["figures"]["durable"]["values"]) == 1
 
 
-def test_the_essential_part(bench, tmp_path):
-    results = run(bench, tmp_path, "--essential", "--rounds=1")
+def test_the_essential_part_with_its_plot(bench, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    bench.main(["--essential", "--rounds=1", f"--place={tmp_path / 'memory'}"])
+    results = json.loads((tmp_path / "out" / "bench-gpu.json").read_text("utf-8"))
+    assert (tmp_path / "out" / "bench-gpu.png").read_bytes().startswith(b"\x89PNG")
     measured = results["workloads"]["gpt2"]["places"][str(tmp_path / "memory")]
     assert len([peer for peer in measured["peers"].values() if peer["is_ours"]]) == 4
     assert "cupy.savez" not in measured["peers"]

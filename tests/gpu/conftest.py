@@ -21,6 +21,10 @@ from gpusaver.device.inventory import devices, why_no_devices
 IS_REQUIRED = os.environ.get("GPUSAVER_REQUIRE_GPU") == "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rounds", type=int, help="at most so many repetitions of a test's loop; default: its own")
+
+
 def is_missing(mark: pytest.Mark) -> bool:
     name = mark.args[0]
     return importlib.util.find_spec(name) is None if mark.name == "needs_module" else shutil.which(name) is None
@@ -54,13 +58,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(scope="session")
-def real_gpu() -> Gpu:
+def real_gpu(pytestconfig: pytest.Config) -> Gpu:
     if reason := why_no_devices():
         pytest.skip(reason)
     import cupy
 
     print("\n" + "\n".join(map(str, devices())))
-    return Gpu(cupy, is_simulated=False)
+    return Gpu(cupy, is_simulated=False, most_rounds=pytestconfig.getoption("rounds", None))
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import pytest
 import gpusaver
 from gpu.tools import Gpu
 
+#: Of other libraries: what they leave open or deprecate is theirs.
+pytestmark = pytest.mark.filterwarnings("default")
 VALUES = np.arange(1 << 18, dtype=np.float32).reshape(512, 512)
 
 

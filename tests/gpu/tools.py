@@ -21,9 +21,10 @@ class Gpu(NamedTuple):
 
     cupy: Any
     is_simulated: bool
+    most_rounds: int | None = None
 
     def rounds(self, count: int) -> int:
-        return min(count, 3) if self.is_simulated else count
+        return min(count, 3 if self.is_simulated else self.most_rounds or count)
 
     def size(self, elements: int) -> int:
         return max(elements >> 8, 64) if self.is_simulated else elements
