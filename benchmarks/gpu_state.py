@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import statistics
 import time
 import zlib
@@ -13,22 +14,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from machine import ROOT
 from workloads import WORKLOADS, Shape
 
 #: Beyond this the check of a restore looks at some of the arrays.
 _DIGEST_NBYTES = 2 << 30
 _TILE_WORDS = 1 << 16
-
-# Every 32-bit word of every array changes, whatever it stands for, in one launch, as fused optimizers do it.
-_KERNEL = """
-extern "C" __global__ void change(const unsigned long long* tiles) {
-    unsigned int* words = reinterpret_cast<unsigned int*>(tiles[2 * blockIdx.x]);
-    unsigned int count = static_cast<unsigned int>(tiles[2 * blockIdx.x + 1]);
-    for (unsigned int i = threadIdx.x; i < count; i += blockDim.x) {
-        words[i] = words[i] * 1664525u + 1013904223u + i + blockIdx.x;
-    }
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,8 @@ class State:
             tiles += [(array.data.ptr + 4 * start, min(_TILE_WORDS, words - start)) for start in starts]
         self._tiles = self.cupy.asarray(np.array(tiles, np.uint64).reshape(-1))
         self._count = len(tiles)
-        self._kernel = self.cupy.RawKernel(_KERNEL, "change")
+        with open(os.path.join(ROOT, "benchmarks", "gpu_change.cu"), encoding="utf-8") as file:
+            self._kernel = self.cupy.RawKernel(file.read(), "change")
         for _ in range(3):
             self.change()
         self.synchronize()

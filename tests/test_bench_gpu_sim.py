@@ -55,7 +55,7 @@ def bench(sim: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 def change(here: Launch, tiles: int) -> None:
-    """As gpu_state._KERNEL."""
+    """As benchmarks/gpu_change.cu."""
     table = here.memory(tiles, 16 * here.grid[0]).view(np.uint64).reshape(-1, 2)
     for block, (pointer, count) in enumerate(table.tolist()):
         words = here.memory(pointer, 4 * count).view(np.uint32)

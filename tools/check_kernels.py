@@ -3,8 +3,8 @@
     python tools/check_kernels.py
 
 * nvcc, if it is in the PATH: for the architectures below, warnings being errors;
-* NVRTC, of every CUDA major that is installed: with the options that a RawModule of CuPy passes. Install it with
-  `pip install nvidia-cuda-nvrtc-cu12` or `pip install nvidia-cuda-nvrtc` (CUDA 13); neither needs a GPU or a driver.
+* NVRTC, of every CUDA major that is installed: with the options that a RawModule of CuPy passes. `make install` brings
+  that of CUDA 13 on Linux; `pip install nvidia-cuda-nvrtc-cu12` adds that of 12. Neither needs a GPU or a driver.
 
 Prints a line for each, also for what it skips. Exit status 1 if a kernel does not compile.
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from gpusaver.device.launch_plan import COMPILE_OPTIONS  # noqa: E402
 
-KERNELS = sorted((ROOT / "gpusaver" / "device" / "kernels").glob("*.cu"))
+KERNELS = sorted([*(ROOT / "gpusaver" / "device" / "kernels").glob("*.cu"), *(ROOT / "benchmarks").glob("*.cu")])
 ARCHITECTURES = ("sm_80", "sm_90")
 CUPYS_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 
@@ -59,7 +59,7 @@ def find_nvrtc() -> list[Path | str]:
 def check_nvrtc() -> list[str]:
     libraries = find_nvrtc()
     if not libraries:
-        print("kernels: not compiled with NVRTC, which is not installed (pip install nvidia-cuda-nvrtc-cu12)")
+        print("kernels: not compiled with NVRTC, which is not installed (pip install nvidia-cuda-nvrtc)")
     failures: list[str] = []
     for library in libraries:
         nvrtc, before = Nvrtc(library), len(failures)
