@@ -129,7 +129,7 @@ class PendingSave:
 
         For device arrays it blocks the host only until their last copy has been queued, then has ``stream`` (a CuPy
         stream, or anything with ``__cuda_stream__``; None: the current one of each device) wait for that copy.  For
-        host arrays it blocks until they have been read.  After a failure no copy is in flight any more when it raises.
+        host arrays it blocks until they have been read.  When it raises, nothing reads the arrays any more.
         """
         self._check_process()
         self._recorded.wait()
@@ -138,8 +138,12 @@ class PendingSave:
         if self._error is not None:
             self._delivered = True
             raise self._error
-        for event in list(self._events):
-            event.hold_back(stream)
+        try:
+            for event in list(self._events):
+                event.hold_back(stream)
+        except BaseException:
+            self._captured.wait()
+            raise
 
     # Called by the Saver.
 
