@@ -66,6 +66,8 @@ class PendingSave:
         self.reason = reason
         self.report: SaveReport | None = None
         self.cancel_requested = threading.Event()
+        #: What a fence calls first; for debugging.
+        self.check: Callable[[], None] | None = None
         self._captured = threading.Event()
         self._recorded = threading.Event()
         self._events: list[Event] = []
@@ -130,6 +132,9 @@ class PendingSave:
         For device arrays it blocks the host only until their last copy has been queued, then has ``stream`` (a CuPy
         stream, or anything with ``__cuda_stream__``; None: the current one of each device) wait for that copy.  For
         host arrays it blocks until they have been read.  When it raises, nothing reads the arrays any more.
+
+        With the Saver's ``check_captures`` it waits for the copies and raises FailedPreconditionError if variables have
+        been changed since the save was started.
         """
         self._check_process()
         self._recorded.wait()
@@ -139,6 +144,10 @@ class PendingSave:
             self._delivered = True
             raise self._error
         try:
+            if self.check is not None:
+                self._captured.wait()
+                self.check()
+                self.check = None  # from now on they may change
             for event in list(self._events):
                 event.hold_back(stream)
         except BaseException:

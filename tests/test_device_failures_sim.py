@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sim.errors import CUDARuntimeError
 from sim.fixture import simulated_cupy  # noqa: F401
-from sim.tools import on_device, on_host, small_chunks  # noqa: F401
+from sim.tools import chunks_of_kilobytes, on_device, on_host  # noqa: F401
 
 from gpusaver.saver import Saver
 
