@@ -251,7 +251,7 @@ def test_changes_before_the_fence_are_found(sim, tmp_path, small_chunks, capture
         pending = saver.save_async(tmp_path / "bad", capture=capture)
         variables["v1"][5:6] = 9
         variables["host"][3] = -1
-        with pytest.raises(FailedPreconditionError, match=r"3 variables changed .* fence\(\): host, tied, v1; the") as caught:
+        with pytest.raises(FailedPreconditionError, match=r"3 variables changed .*: host, tied, v1; the") as caught:
             pending.fence()
         assert (pending.exception() is None) == ("remove it" in str(caught.value))
 
@@ -416,22 +416,18 @@ def test_however_little_memory_the_device_has_left(sim, tmp_path, small_chunks):
     """Room for an image or not, for a buffer to gather in or not, for the tables of kernels or not."""
     variables = {f"v{n}": on_device(sim, np.full((7, 10), n, np.int16)).T for n in range(20)}
     expected, runtime = contents(variables), sim.cupy.cuda.runtime
-    snapshots = 0
-    for free in range(0, 28 * 1024, 2048):
+    for free in (0, 2048, 4096, 8192, 12288, 16384, 24576):
         taken = runtime.malloc(runtime.memGetInfo()[0] - free)
         with Saver(variables) as saver:
             for capture in ("snapshot", "deferred"):
-                try:
-                    prefix = saver.save_async(tmp_path / "model", capture=capture).result()
-                except ResourceExhaustedError as error:
-                    assert capture == "snapshot"
-                    assert "cuda:0: no room for a copy of the variables" in str(error)
+                if free < 4096 and capture == "snapshot":
+                    with pytest.raises(ResourceExhaustedError, match="cuda:0: no room for a copy of the variables"):
+                        saver.save_async(tmp_path / "model", capture=capture)
                     continue
-                snapshots += capture == "snapshot"
+                prefix = saver.save_async(tmp_path / "model", capture=capture).result()
                 for array in variables.values():
                     array.fill(99)
                 saver.restore(prefix)
                 assert contents(variables) == expected
         runtime.free(taken)
-    assert 0 < snapshots < 14
     sim.assert_quiescent()
