@@ -110,6 +110,8 @@ class PendingSave:
         self.reason = reason
         self.timeline = timeline
         self.cancel_requested = threading.Event()
+        #: What a fence calls first; for debugging.
+        self.check: Callable[[], None] | None = None
         self._captured = threading.Event()
         self._recorded = threading.Event()
         self._events: list[Event] = []
@@ -175,7 +177,10 @@ class PendingSave:
 
         For device arrays it blocks the host only until their last copy has been queued, then has ``stream`` (a CuPy
         stream, or anything with ``__cuda_stream__``; None: the current one of each device) wait for that copy.  For
-        host arrays it blocks until they have been read.  After a failure no copy is in flight any more when it raises.
+        host arrays it blocks until they have been read.  When it raises, nothing reads the arrays any more.
+
+        With the Saver's ``check_captures`` it waits for the copies and raises FailedPreconditionError if variables have
+        been changed since the save was started.
         """
         self._check_process()
         self._recorded.wait()
@@ -184,8 +189,16 @@ class PendingSave:
         if self._error is not None:
             self._delivered = True
             raise self._error
-        for event in list(self._events):
-            event.hold_back(stream)
+        try:
+            if self.check is not None:
+                self._captured.wait()
+                self.check()
+                self.check = None  # from now on they may change
+            for event in list(self._events):
+                event.hold_back(stream)
+        except BaseException:
+            self._captured.wait()
+            raise
 
     @property
     def report(self) -> SaveReport | None:

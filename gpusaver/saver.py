@@ -76,8 +76,10 @@ class Saver:
     directory can be moved.  ``restore_sequentially``: restore with one thread.  ``saver_def``: a SaverDef, ours or
     TensorFlow's, whose retention and sharding are taken.  ``defer_build``: :meth:`build` is called later.  ``name``:
     the scope of this Saver's nodes in ``.meta`` files, default "save"; ``filename``: the prefix they take without one.
-    ``staging_bytes``: pinned host memory for copies from devices; the least, and the default, is 32 MiB; as much as the
-    state lets a "deferred" save run at the speed of the link, whatever the disk's.
+    ``staging_bytes``: pinned host memory for copies from and to devices, never exceeded; the least, and the default, is
+    32 MiB; as much as the state lets a "deferred" save run at the speed of the link, whatever the disk's.  (Tables of
+    kernels come on top, 256 KiB each, a few per device.)  ``check_captures``: for debugging; "deferred" saves read
+    everything three times, and their fences raise FailedPreconditionError for variables that were changed too early.
     ``direct_io``: None decides by directory and size, True or False for all.  ``strict``: every save is read again from
     the medium and verified before it replaces anything or counts as durable, DataLossError if it differs; it takes the
     time of a read.  (The system's cache is dropped for that; what a disk answers from memory of its own nobody can
@@ -108,6 +110,7 @@ class Saver:
         direct_io: bool | None = None,
         staging_bytes: int = 0,
         strict: bool = False,
+        check_captures: bool = False,
         storage: Storage | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -128,6 +131,7 @@ class Saver:
         self._storage = storage or LocalStorage()
         self._clock = clock
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
+        self._check_captures = check_captures
         self._saving = Saving(self._storage, direct_io, staging_bytes, strict=strict)
         kept = self._retention.max_to_keep, self._retention.keep_checkpoint_every_n_hours
         self._options = SaverOptions(name, filename, sharded, reshape, *kept)
@@ -160,6 +164,23 @@ class Saver:
             )
         plan_save(leaves, sharded=self._sharded, cached=None)  # finds every leaf that cannot be stored
         self._names = [leaf.name for leaf in leaves]
+
+    def warmup(self, save_path: PathLike | None = None) -> None:
+        """Does ahead of training what the first save would wait for.
+
+        For variables on devices it pins the whole ring (``staging_bytes``) and compiles the kernels, which takes
+        seconds where CuPy has not done so before.  For ``save_path``, a prefix as :meth:`save` takes it, it finds out
+        how its directory is best written, if that exists.
+        """
+        self._check_process()
+        directory = None if save_path is None else os.path.dirname(fs_path(save_path, "save_path"))
+        with self._lock:
+            self._check_open()
+            if self._names is None:
+                raise RuntimeError("`build()` should be called before warmup if defer_build==True")
+            save = plan_save(self._leaves(), sharded=self._sharded, cached=self._plan)
+            self._plan = save.plan
+            self._saving.warm_up(save, directory)
 
     # -- saving
 
@@ -276,6 +297,8 @@ class Saver:
         )
         if mode == "snapshot" and save.runtimes() == [HOST]:
             pending.mark_captured()
+        if mode == "deferred" and self._check_captures:
+            self._saving.watch(save, pending)
         self._pending = pending
         copies = self._retention.copies_to_come() if has_step and finish is not None else 1
         with ended_if_interrupted(pending):

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import numpy as np
 
 from gpusaver.device import HOST, Runtime
-from gpusaver.errors import ResourceExhaustedError
+from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
 from gpusaver.exporting import Description
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import BundleCommit
-from gpusaver.pipeline.plan import Save
+from gpusaver.pipeline.plan import Item, Save
 from gpusaver.pipeline.preflight import Preflight
-from gpusaver.pipeline.save import Source, write_chunks
+from gpusaver.pipeline.save import Source, checksums_now, write_chunks
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage
 
@@ -130,10 +130,40 @@ class Saving:
             commit.abort()
             raise
 
+    def warm_up(self, save: Save, directory: str | None) -> None:
+        """Pins the ring, compiles the kernels, and looks at the directory, where there is one."""
+        for runtime in save.runtimes():
+            runtime.warm_up()
+            if runtime is not HOST:
+                self.slots.ring(runtime).fill()
+        if directory is not None and self._direct_io is None and self._storage.is_directory(directory):
+            self._storage.prefers_direct(directory)
+
+    def watch(self, save: Save, pending: PendingSave) -> None:
+        """Has ``pending.fence()`` raise FailedPreconditionError if a variable is not as it is now."""
+        before = checksums_now(save.plan.layout, save.sources, self.slots)
+
+        def check() -> None:
+            now = checksums_now(save.plan.layout, save.sources, self.slots)
+            changed = [item.key.decode("utf-8", "replace") for item in save.plan.items if _differ(item, before, now)]
+            if changed:
+                outcome = "is cancelled" if pending.cancel() else "may hold them half changed: remove it"
+                raise FailedPreconditionError(
+                    f"{len(changed)} variables changed between save_async(capture='deferred') and fence(): "
+                    f"{', '.join(changed[:20])}; the save of {pending.prefix} {outcome}. Place the fence before the "
+                    "work that changes them"
+                )
+
+        pending.check = check
+
     def close(self) -> None:
         """Frees the memory.  Requires: no save is under way."""
         self.slots.close()
         self._snapshots.clear()
+
+
+def _differ(item: Item, before: dict[int, int], now: dict[int, int]) -> bool:
+    return before.get(item.tensor) != now.get(item.tensor)
 
 
 class _Part:

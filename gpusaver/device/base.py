@@ -90,6 +90,9 @@ class Runtime(Protocol):
     def synchronize(self) -> None:
         """Waits for all copies queued so far, also after one of them failed.  Never raises."""
 
+    def warm_up(self) -> None:
+        """Does what the first copies would wait for; may take seconds."""
+
     def trim(self) -> None:
         """Frees what is kept for later copies, as far as nothing uses it.  Never raises."""
 

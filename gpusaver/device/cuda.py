@@ -39,6 +39,8 @@ _log = logging.getLogger("gpusaver")
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 #: A copy of this size is worth queueing alone; smaller ones go together, by a kernel.
 DIRECT_NBYTES = 1024 * 1024
+#: On their way at once, in a save by the pipeline's rule and in a restore by the number of its readers.
+_QUEUED_CHUNKS = 2
 #: Of the buffers that chunks are gathered in.
 _BUFFER_NBYTES = 8 * 1024 * 1024
 
@@ -165,7 +167,11 @@ class CudaRuntime:
                 start += nbytes
         for block, transfers in small.items():
             assert kernels is not None
-            kernels.gather(transfers, block.pointer, self._copies, held)
+            try:
+                kernels.gather(transfers, block.pointer, self._copies, held)
+            except ResourceExhaustedError:  # no room for the kernel's table
+                for transfer in transfers:
+                    self._move(transfer, block.pointer + transfer.offset, _DEVICE_TO_DEVICE)
 
     def view(self, array: Any, start: int, nbytes: int) -> memoryview | None:
         return None
@@ -257,6 +263,16 @@ class CudaRuntime:
             if _has_ended(self._copies.synchronize, self._checks.synchronize):
                 self.land(self._in_flight)
 
+    def warm_up(self) -> None:
+        kernels = self.kernels()
+        if kernels is not None:
+            with self._queueing() as held, contextlib.suppress(ResourceExhaustedError):
+                for _ in range(_QUEUED_CHUNKS):  # each is scattered and checked
+                    held.borrow(self._buffers, _BUFFER_NBYTES)
+                    held.borrow(kernels.tables, 1)
+                    held.borrow(kernels.tables, 1)
+            self.land([held])
+
     def trim(self) -> None:
         self.synchronize()
         kernels = self._loaded[0] if self._loaded is not None else None
@@ -266,7 +282,7 @@ class CudaRuntime:
                 kernels.tables.trim()
 
     def empty(self, spec: TensorSpec) -> Any:
-        with cupy.cuda.Device(self.device):
+        with on_device(self.device):
             return cupy.empty(spec.shape, spec.dtype.numpy_dtype)
 
     def kernels(self) -> Kernels | None:

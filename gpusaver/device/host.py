@@ -93,6 +93,9 @@ class HostRuntime:
     def synchronize(self) -> None:
         pass
 
+    def warm_up(self) -> None:
+        pass
+
     def trim(self) -> None:
         pass
 

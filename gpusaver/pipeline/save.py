@@ -104,6 +104,24 @@ def write_chunks(
     return checksums.finished()
 
 
+def checksums_now(layout: Layout, sources: Sequence[Source], slots: Slots) -> dict[int, int]:
+    """Of every tensor that has bytes, as it is once the work that the caller has queued is done.  Slow: one thread."""
+    checksums = Checksums(layout.nbytes.tolist())
+    slot = slots.borrow()
+    try:
+        for runtime in {source.runtime.name: source.runtime for source in sources}.values():
+            runtime.order_after_caller()
+        for chunk in layout.chunks(CHUNK_NBYTES):
+            event = sources[chunk.pieces[0].tensor].runtime.to_slot(_transfers(chunk, sources), slot)
+            if event is not None:
+                event.synchronize()
+            for piece in chunk.pieces:
+                checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
+    finally:
+        slots.give_back(slot)
+    return checksums.finished()
+
+
 def _padded(chunk: Chunk, file: WritableFile) -> int:
     return -(-chunk.nbytes // file.alignment) * file.alignment
 

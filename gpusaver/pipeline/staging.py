@@ -185,6 +185,7 @@ class Staging:
             Copier(runtime, own, transfers, seal, ring, self._filled, self._stop, timeline) for runtime, own in jobs
         ]
         self._threads: list[threading.Thread] = []
+        self._lent: dict[int, HostBuffer] = {}
         self._inline: list[Iterator[Filled]] = []
 
     @property
@@ -206,19 +207,25 @@ class Staging:
 
     def filled(self) -> Iterator[Filled]:
         """Chunks as they become ready; raises a copier's error."""
-        yield from itertools.chain(*self._inline)
+        for item in itertools.chain(*self._inline):
+            yield self._lend(item)
         running = len(self._threads)
         while running:
-            item = self._filled.get()
-            if item is None:
+            found = self._filled.get()
+            if found is None:
                 running -= 1
-            elif isinstance(item, BaseException):
-                raise item
+            elif isinstance(found, BaseException):
+                raise found
             else:
-                yield item
+                yield self._lend(found)
+
+    def _lend(self, filled: Filled) -> Filled:
+        self._lent[id(filled.slot)] = filled.slot
+        return filled
 
     def release(self, filled: Filled) -> None:
-        self._ring.release(filled.slot)
+        """The chunk is written, or never will be."""
+        self._ring.release(self._lent.pop(id(filled.slot)))
 
     def stop(self) -> None:
         """After an error elsewhere: copiers end at their next chunk."""
@@ -226,9 +233,14 @@ class Staging:
         self._ring.wake()
 
     def join(self) -> None:
-        """Returns when all copiers have ended and every slot is back in the ring."""
+        """Returns when all copiers have ended and every slot is back in the ring.
+
+        Requires: nobody takes or writes a chunk any more.
+        """
         for thread in self._threads:
             thread.join()
+        while self._lent:  # taken by somebody who ended before writing it
+            self._ring.release(self._lent.popitem()[1])
         while not self._filled.empty():
             item = self._filled.get()
             if isinstance(item, Filled):

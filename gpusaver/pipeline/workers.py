@@ -56,6 +56,13 @@ class Ring:
             self._free.append(buffer)
             self._changed.notify()
 
+    def fill(self) -> None:
+        """Makes all buffers now."""
+        with self._changed:
+            while len(self._buffers) < self.count:
+                self._buffers.append(self._allocate(self.nbytes))
+                self._free.append(self._buffers[-1])
+
     def wake(self) -> None:
         """Has all waiters look at their ``stop`` again."""
         with self._changed:

@@ -53,3 +53,22 @@ def on_host(array: Any) -> bytes:
     unsigned = np.dtype(f"u{min(array.itemsize, 8)}")
     plain = array.view(unsigned) if array.itemsize <= 8 else array
     return stored(plain.get())
+
+
+@pytest.fixture(name="small_chunks")
+def chunks_of_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks, blocks of images and what counts as large are so small that a few kilobytes show everything.
+
+    Requires: the simulated CuPy is installed already.
+    """
+    import gpusaver.device.cuda as cuda
+    import gpusaver.device.cuda_kernels as cuda_kernels
+    import gpusaver.device.cuda_memory as cuda_memory
+
+    for module in ("pipeline.save", "pipeline.restore", "saving", "reader"):
+        monkeypatch.setattr(f"gpusaver.{module}.CHUNK_NBYTES", 8192)
+    monkeypatch.setattr("gpusaver.bundle.layout.LARGE_NBYTES", 4096)
+    monkeypatch.setattr(cuda, "_BUFFER_NBYTES", 8192)
+    monkeypatch.setattr(cuda, "DIRECT_NBYTES", 2048)
+    monkeypatch.setattr(cuda_kernels, "TABLE_NBYTES", 4096)
+    monkeypatch.setattr(cuda_memory, "BLOCK_NBYTES", 12288)
