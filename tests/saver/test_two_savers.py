@@ -150,7 +150,7 @@ def test_leftovers_go_at_the_first_save(tmp_path: Path) -> None:
     litter(tmp_path, *ours, *others)
     with gpusaver.Saver({"w": np.zeros(3)}) as saver:
         saver.save(tmp_path / "k", 10)
-        checkpoint = ["checkpoint", "k-10.data-00000-of-00001", "k-10.index"]
+        checkpoint = ["checkpoint", "k-10.data-00000-of-00001", "k-10.index", "k-10.meta"]
         assert names(tmp_path) == sorted([*others, *checkpoint])
         litter(tmp_path, ours[0])
         saver.save(tmp_path / "k", 10)  # only the first save of a Saver looks
