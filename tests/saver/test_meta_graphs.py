@@ -267,7 +267,7 @@ def test_a_saver_of_nothing(tmp_path: Path) -> None:
     "name",
     [
         f"{name}_{release}"
-        for name in ("meta_graph", "sharded", "partitioned", "basic_f32")
+        for name in ("meta_graph", "sharded", "partitioned", "basic_f32", "conv")
         for release in ("tf1", "tf2")
     ],
 )
