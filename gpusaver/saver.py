@@ -476,23 +476,21 @@ class Saver:
         "variables", "trainable_variables" and "global_step"; None: all.  ``export_scope``: only variables whose names
         start with it and a slash, which are cut off (checkpoints keep the whole names).  ``clear_devices``: without the
         devices that were given to Variables.  The message is :class:`gpusaver.protos.MetaGraphDef`.
+
+        Raises RuntimeError before ``build()``, ValueError if ``filename`` has no directory and cannot have one.
         """
-        with self._lock:
-            leaves = self._built_leaves("export_meta_graph")
-            plan = plan_save(leaves, sharded=self._sharded, cached=self._plan).plan
-            meta_graph = self._describe(leaves, plan).meta_graph(
-                collection_list=collection_list, export_scope=export_scope, clear_devices=clear_devices
-            )
+        meta_graph = self._describe_now().meta_graph(
+            collection_list=collection_list, export_scope=export_scope, clear_devices=clear_devices
+        )
         if filename is not None:
-            write_meta_graph(meta_graph, fs_path(filename, "filename"), as_text=as_text, storage=self._storage)
+            path = fs_path(filename, "filename")
+            make_directory(self._storage, os.path.dirname(path), path)
+            write_meta_graph(meta_graph, path, as_text=as_text, storage=self._storage)
         return meta_graph
 
     def as_saver_def(self) -> SaverDef:
         """Retention, sharding, and the names of the nodes that save and restore in :meth:`export_meta_graph`."""
-        with self._lock:
-            leaves = self._built_leaves("as_saver_def")
-            plan = plan_save(leaves, sharded=self._sharded, cached=self._plan).plan
-            return self._describe(leaves, plan).saver_def()
+        return self._describe_now().saver_def()
 
     def to_proto(self, export_scope: str | None = None) -> SaverDef | None:
         """:meth:`as_saver_def` with ``export_scope`` cut off its three names; None if one does not start with it."""
@@ -503,12 +501,15 @@ class Saver:
         """A Saver of the current collection's variables, with the retention and sharding of ``saver_def``."""
         return Saver(saver_def=saver_def, name=import_scope)
 
-    def _built_leaves(self, what: str) -> list[Leaf]:
-        self._check_process()
-        self._check_open()
-        if self._names is None:
-            raise RuntimeError(f"`build()` should be called before {what} if defer_build==True")
-        return self._leaves()
+    def _describe_now(self) -> Description:
+        self._check_process()  # before the lock: in a child it may be held by a thread that is not there
+        with self._lock:
+            self._check_open()
+            if self._names is None:
+                raise RuntimeError("`build()` should be called before the variables are described if defer_build==True")
+            leaves = self._leaves()
+            self._plan = plan_save(leaves, sharded=self._sharded, cached=self._plan).plan
+            return self._describe(leaves, self._plan)
 
     def _describe(self, leaves: Sequence[Leaf], plan: Plan) -> Description:
         """Of the plan; the last one if that still fits."""

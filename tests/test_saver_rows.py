@@ -12,6 +12,7 @@ import pytest
 from tables import ROWS
 from tables.scenario import Row, Scene
 
+import gpusaver
 from gpusaver import checkpoint_state
 from gpusaver.saver import Saver
 
@@ -38,8 +39,21 @@ class NativeScene(Scene):
         )
 
     def new_saver(self, **options: Any) -> Saver:
-        self.opened.append(Saver({"v": np.zeros(2, np.float32)}, clock=self.clock, **options))
+        with gpusaver.variables():
+            gpusaver.Variable(np.zeros(2, np.float32), "v")
+            self.opened.append(Saver(clock=self.clock, **options))
         return self.opened[-1]
+
+    def saver_from(self, saver_def: Any) -> Saver:
+        with gpusaver.variables():
+            gpusaver.Variable(np.zeros(2, np.float32), "v")
+            self.opened.append(Saver.from_proto(saver_def))
+        return self.opened[-1]
+
+    def import_with(self, source: Any, **options: Any) -> tuple[Saver, list[str]]:
+        with gpusaver.variables():
+            self.opened.append(gpusaver.import_meta_graph(source, **options))
+            return self.opened[-1], [variable.name for variable in gpusaver.current_variables()]
 
     def save_with(self, saver: Saver, path: Any, step: Any, **options: Any) -> str:
         return saver.save(path, step, **{"write_meta_graph": False, **options})

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tables import retention_rows, saver_rows, state_rows
+from tables import meta_graph_rows, retention_rows, saver_rows, state_rows
 
-ROWS = [*saver_rows.ROWS, *retention_rows.ROWS, *state_rows.ROWS]
+ROWS = [*saver_rows.ROWS, *retention_rows.ROWS, *state_rows.ROWS, *meta_graph_rows.ROWS]

@@ -79,6 +79,9 @@ mkdir, write, fake, v1_file, touch, move, delete, block, on_disk, text = map(
 state, state_times, latest, generate, update, exists, mtimes, remove = map(
     _operation, ("state", "state_times", "latest", "generate", "update", "exists", "mtimes", "remove")
 )
+metas, saver_def, proto, from_proto, export, import_graph = map(
+    _operation, ("metas", "saver_def", "proto", "from_proto", "export", "import_graph")
+)
 later, wait, iterate = map(_operation, ("later", "wait", "iterate"))
 
 
@@ -230,6 +233,46 @@ class Scene:
 
     def text(self, path: str) -> str:
         return Path(path).read_bytes().decode()
+
+    # meta graphs
+
+    def import_with(self, source: Any, **options: Any) -> tuple[Any, list[str]]:
+        """The Saver that the library makes of it, and the names of all variables that were made."""
+        raise NotImplementedError
+
+    def saver_from(self, saver_def: Any) -> Any:
+        raise NotImplementedError
+
+    def metas(self, directory: str) -> list[str]:
+        """Names of the files with meta graphs, which `on_disk` leaves out."""
+        return sorted((name for name in os.listdir(directory) if name.endswith((".meta", ".graph"))), key=by_number)
+
+    def saver_def(self, *, by: str = "") -> tuple[Any, ...]:
+        """Names and retention; of a Saver that was imported, whose names may differ, the retention alone."""
+        found = self._savers[by].as_saver_def()
+        names = (found.filename_tensor_name, found.save_tensor_name, found.restore_op_name)
+        retention = (found.max_to_keep, found.keep_checkpoint_every_n_hours)
+        return retention if by == "imported" else (*names, *retention, found.sharded)
+
+    def proto(self, scope: str | None = None) -> str | None:
+        found = self._savers[""].to_proto(scope)
+        return None if found is None else found.restore_op_name
+
+    def from_proto(self, **fields: Any) -> tuple[int, bool]:
+        """Retention and sharding of a Saver made from a SaverDef."""
+        self.saver(**fields)
+        found = self.saver_from(self._savers[""].as_saver_def()).as_saver_def()
+        return found.max_to_keep, found.sharded
+
+    def export(self, path: Any, **options: Any) -> list[str]:
+        """The collections of the exported graph."""
+        return sorted(self._savers[""].export_meta_graph(path, **options).collection_def)
+
+    def import_graph(self, source: Any, **options: Any) -> list[str] | None:
+        """The names of the variables that were made; None if there was no Saver to return.  It is called "imported"."""
+        saver, names = self.import_with(source, **options)
+        self._savers["imported"] = saver
+        return None if saver is None else sorted(names)
 
     # functions on state files
 

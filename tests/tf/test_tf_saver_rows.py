@@ -38,6 +38,14 @@ class TensorFlowScene(Scene):
     def new_saver(self, **options: Any) -> Any:
         return v1.train.Saver(**options)
 
+    def saver_from(self, saver_def: Any) -> Any:
+        return v1.train.Saver.from_proto(saver_def)
+
+    def import_with(self, source: Any, **options: Any) -> tuple[Any, list[str]]:
+        with tf.Graph().as_default():
+            saver = v1.train.import_meta_graph(source, **options)
+            return saver, [variable.op.name for variable in v1.global_variables()]
+
     def save_with(self, saver: Any, path: Any, step: Any, **options: Any) -> Any:
         return saver.save(self._session, path, step, **{"write_meta_graph": False, **options})
 
