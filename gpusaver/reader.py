@@ -17,7 +17,7 @@ from gpusaver.bundle.index import BundleIndex
 from gpusaver.bundle.object_graph import OBJECT_GRAPH_KEY, readable_names, variable_name
 from gpusaver.bundle.v1 import V1Bundle
 from gpusaver.checkpoint_state import PathLike, latest_checkpoint, v1_files
-from gpusaver.device import HOST, Runtime
+from gpusaver.device import HOST, Runtime, cuda_module
 from gpusaver.errors import InvalidArgumentError, NotFoundError
 from gpusaver.pipeline.assemble import Assembly, Target, allocate, cut, upload
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
@@ -335,7 +335,5 @@ def load(prefix: PathLike, *, device: str = "cpu") -> dict[str, Any]:
     reader = load_checkpoint(prefix)
     runtime: Runtime = HOST
     if device.partition(":")[0] != "cpu":
-        from gpusaver.device.cuda import cuda_runtime
-
-        runtime = cuda_runtime(int(device.partition(":")[2] or 0))
+        runtime = cuda_module().cuda_runtime(int(device.partition(":")[2] or 0))
     return reader.get_tensors(list(reader), runtime)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusaver.device import Admitted, Runtime, admit, known_dtype
+from gpusaver.device import HOST, Admitted, Runtime, admit, known_dtype
 from gpusaver.device.host import byte_bounds
 from gpusaver.errors import Error, InvalidArgumentError, NotFoundError, UnimplementedError
 from gpusaver.pipeline.assemble import Target
@@ -257,7 +257,7 @@ def _plan(read: TensorRead, match: _Match, values: dict[str, Any]) -> None:
         read.tensor(found, Target(leaf.name, admitted.runtime, array, in_place=True), wanted)
         return
     fresh = _reshaped_view(leaf.name, np.empty(admitted.spec.shape, admitted.array.dtype), shape)
-    read.tensor(found, Target(leaf.name, admitted.runtime, fresh, in_place=False), wanted)
+    read.tensor(found, Target(leaf.name, HOST, fresh, in_place=False), wanted)
     read.after(lambda: replace(fresh.reshape(admitted.spec.shape)))
 
 

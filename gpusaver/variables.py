@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusaver.device import admit
+from gpusaver.device import admit, cuda_module
 from gpusaver.errors import InvalidArgumentError
 from gpusaver.tensor import DataType, TensorSlice, TensorSpec
 
@@ -218,9 +218,7 @@ def _on_device(value: Any, device: str | None) -> Any:
         return value
     if device.startswith("cpu"):
         return value.get() if type(value).__module__.startswith("cupy") else value
-    from gpusaver.device.cuda import to_device
-
-    return to_device(value, int(device.partition(":")[2]))
+    return cuda_module().to_device(value, int(device.partition(":")[2]))
 
 
 def _checked_name(name: str) -> str:

@@ -379,6 +379,17 @@ class Pinned:
         monkeypatch.setattr(host, "allocate", seen(allocate))
 
 
+@pytest.mark.parametrize("sim", [{"schedule": "late", "devices": 7}, {"schedule": 1, "devices": 2}], indirect=True)
+def test_more_devices_than_slots(sim, tmp_path, small_chunks):
+    """Copiers that keep what they have queued while they wait for another slot could have all of the ring."""
+    devices = range(len(sim.memory))
+    variables = {f"{n}/{name}": v for n in devices for name, v in arrays(sim, device=n).items()}
+    expected = contents(variables)
+    saver = Saver(variables)
+    assert stored(in_thread(lambda: saver.save(tmp_path / "model"))) == expected
+    saver.close()
+
+
 @every_schedule
 @pytest.mark.parametrize("capture", ["snapshot", "deferred", "blocking"])
 def test_staging_bytes_are_never_exceeded(sim, tmp_path, small_chunks, monkeypatch, capture):

@@ -16,16 +16,19 @@ Everything else is a TypeError that names the leaf.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpusaver.device.base import Runtime
 from gpusaver.device.host import HostRuntime
-from gpusaver.errors import Error
+from gpusaver.errors import Error, FailedPreconditionError
 from gpusaver.tensor import DataType, TensorSpec
 
 HOST = HostRuntime()
@@ -66,13 +69,12 @@ def admit(value: Any, name: str, dtype: DataType | None = None) -> Admitted:
     if isinstance(array, np.ndarray):
         admitted = _from_numpy(array, name, dtype or _torch_dtype(value))
         return admitted._replace(rebuild=rebuild) if rebuild else admitted
-    from gpusaver.device.cuda import cuda_runtime  # only now is CuPy needed
-
     found = dtype or _torch_dtype(value) or _dtype_of(array.dtype, name)
     _check_dtype(found, array.dtype, name)
     if array.dtype.byteorder == ">":  # kernels and copies take the bytes as they are
         raise TypeError(f"{name}: a big-endian array on a device cannot be stored; convert it to little-endian")
-    return Admitted(cuda_runtime(array.device.id), array, TensorSpec(found, tuple(array.shape)), None, rebuild)
+    runtime = cuda_module().cuda_runtime(array.device.id)
+    return Admitted(runtime, array, TensorSpec(found, tuple(array.shape)), None, rebuild)
 
 
 def _from_numpy(array: np.ndarray[Any, Any], name: str, dtype: DataType | None) -> Admitted:
@@ -178,13 +180,14 @@ def _foreign(value: Any) -> tuple[Any, Callable[[Any], Any] | None]:
         def rebuild(restored: Any) -> Any:
             return sys.modules["jax"].device_put(restored, value.sharding)
 
-        return np.asarray(value), rebuild
+        return _from_jax(value), rebuild
     if isinstance(value, type):  # has the attributes of its instances, but no memory
         raise TypeError(_NO_ARRAY)
     if hasattr(value, "__cuda_array_interface__"):
-        from gpusaver.device.cuda import from_cuda_array_interface
-
-        return from_cuda_array_interface(value), None
+        cuda = cuda_module()
+        array = cuda.from_cuda_array_interface(value)
+        is_read_only = value.__cuda_array_interface__["data"][1]
+        return array, functools.partial(cuda.to_device, device=array.device.id) if is_read_only else None
     if hasattr(value, "__dlpack__"):
         return _from_dlpack(value), None
     try:
@@ -194,6 +197,25 @@ def _foreign(value: Any) -> tuple[Any, Callable[[Any], Any] | None]:
     if array.dtype.kind in "SUO":
         raise TypeError(f"its memory holds elements of format {memoryview(value).format!r}, not numbers")
     return array, None
+
+
+def cuda_module() -> ModuleType:
+    """:mod:`gpusaver.device.cuda`, once it is needed.  FailedPreconditionError where CuPy is not installed."""
+    try:
+        return importlib.import_module("gpusaver.device.cuda")
+    except ImportError as error:
+        raise FailedPreconditionError(
+            f"arrays on a CUDA device need CuPy, which cannot be imported: {error}. Install gpusaver[cuda13], or "
+            "gpusaver[cuda12] for an older driver"
+        ) from error
+
+
+def _from_jax(value: Any) -> Any:
+    """Its own memory if that is the host's or one CUDA device's, a copy in the host's if it is spread over several."""
+    with contextlib.suppress(BufferError, TypeError, ValueError, RuntimeError):
+        if value.__dlpack_device__()[0] == 2:  # kDLCUDA
+            return _from_dlpack(value)
+    return np.asarray(value)
 
 
 def _is_of(library: str, kind: str, value: Any) -> bool:
@@ -208,9 +230,7 @@ def _from_dlpack(value: Any) -> Any:
     if device_type in (1, 3):  # kDLCPU, kDLCUDAHost
         array = np.from_dlpack(value)
         return array if array.flags.writeable or _says_read_only(value) else np.asarray(_Writable(array))
-    from gpusaver.device.cuda import from_dlpack
-
-    return from_dlpack(value)
+    return cuda_module().from_dlpack(value)
 
 
 def _says_read_only(value: Any) -> bool:

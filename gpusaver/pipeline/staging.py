@@ -91,7 +91,7 @@ class Copier:
             for chunk in self._chunks:
                 if len(self._queued) == MAX_QUEUED:
                     self._settle()
-                slot = self._ring.acquire(self._stop)
+                slot = self._free_slot()
                 queued_at = time.perf_counter()
                 try:
                     with self._timeline.range("copy"):
@@ -138,6 +138,16 @@ class Copier:
         if event is not None:
             on_recorded(event)
         on_copied()
+
+    def _free_slot(self) -> HostBuffer:
+        """While none is free, chunks in flight are handed over, not kept: the writers may wait for them, and several
+        copiers that each kept one could have all of the ring."""
+        while self._queued:
+            slot = self._ring.acquire_now()
+            if slot is not None:
+                return slot
+            self._settle()
+        return self._ring.acquire(self._stop)
 
     def _settle(self) -> None:
         """Waits for the oldest copy and hands its chunk to the writers."""

@@ -44,12 +44,18 @@ class Ring:
             while True:
                 if stop.is_set():
                     raise Stopped
-                if self._free:
-                    return self._free.pop()
-                if len(self._buffers) < self.count:
-                    self._buffers.append(self._allocate(self.nbytes))
-                    return self._buffers[-1]
+                buffer = self.acquire_now()
+                if buffer is not None:
+                    return buffer
                 self._changed.wait()
+
+    def acquire_now(self) -> HostBuffer | None:
+        """A free buffer, None if there is none."""
+        with self._changed:
+            if not self._free and len(self._buffers) < self.count:
+                self._buffers.append(self._allocate(self.nbytes))
+                return self._buffers[-1]
+            return self._free.pop() if self._free else None
 
     def release(self, buffer: HostBuffer) -> None:
         with self._changed:

@@ -121,6 +121,11 @@ def freeAsync(ptr: int, stream: int) -> None:
         engine.enqueue(queue, "free", lambda: engine.memory[queue.device].release(ptr))
 
 
+def mallocManaged(size: int, flags: int = 1) -> int:
+    """Memory that the driver moves; here it stays on the device."""
+    return malloc(size)
+
+
 def hostAlloc(size: int, flags: int) -> int:
     with active().calling("hostAlloc", unsafe=True) as engine:
         return engine.host.allocate(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ def chunks_of_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("pipeline.save", "pipeline.restore", "saving", "reader"):
         monkeypatch.setattr(f"gpusaver.{module}.CHUNK_NBYTES", 8192)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr("gpusaver.bundle.layout.LARGE_NBYTES", 4096)
     monkeypatch.setattr(cuda, "_BUFFER_NBYTES", 8192)
     monkeypatch.setattr(cuda, "DIRECT_NBYTES", 2048)
