@@ -179,7 +179,7 @@ test-faults: $(READY)  ## the long runs of faults, kills, damage and fuzzing; pr
 
 FUZZ_SECONDS = 60
 fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS each (Linux x86-64)
-	@for target in index v1 state object_graph strings; do \
+	@for target in index v1 state meta object_graph strings; do \
 	    $(FUZZ_PY) tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) || exit 1; done
 
 nightly: $(READY)  ## test and test-tf with many more generated examples
