@@ -182,7 +182,9 @@ class CrashPoint:
         synced = {(op.name, op.file if op.name == "sync" else op.path): at for at, op in enumerate(past)}
         self.acknowledged = max((op.number for op in past if op.name == "acknowledged"), default=None)
         self.durable = Disk()
-        self.open: list[Operation] = []
+        #: Each is there or is not.  What concerns lock files, whose content nobody relies on, goes together.
+        self.open: list[list[Operation]] = []
+        locks: list[Operation] = []
         for at, operation in enumerate(past):
             if operation.name in ("sync", "sync_directory", "acknowledged"):
                 continue
@@ -193,8 +195,12 @@ class CrashPoint:
             # Applying later what is open keeps the order: a sync makes durable all that came before it.
             if is_durable:
                 self.durable.apply(operation)
+            elif operation.path.endswith(".gpusaver-lock"):
+                locks.append(operation)
             else:
-                self.open += sectors(operation)
+                self.open += [[part] for part in sectors(operation)]
+        if locks:
+            self.open.append(locks)
 
     def states(self, limit: int, random: random.Random) -> Iterator[Content]:
         """The crash states: all of them if there are at most ``limit``, else so many, drawn."""
@@ -211,8 +217,8 @@ class CrashPoint:
 
     def state(self, choice: list[bool]) -> Content:
         disk = self.durable.copy()
-        for operation, is_there in zip(self.open, choice, strict=True):
-            if is_there:
+        for operations, is_there in zip(self.open, choice, strict=True):
+            for operation in operations if is_there else ():
                 disk.apply(operation)
         return disk.content()
 
