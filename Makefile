@@ -36,6 +36,7 @@ endif
 # TensorFlow and the peers of the benchmark pin their own NumPy and protobuf: each has an environment of its own.
 TF_PY := .venv-tf/bin/python
 BENCH_PY := .venv-bench/bin/python
+ORBAX_PY := .venv-orbax/bin/python
 FUZZ_PY := .venv-fuzz/bin/python
 # The real published network that tests/tf reads: PyPI's wheel, which pip checks against the hash in basic-pitch.txt.
 BASIC_PITCH := $(CURDIR)/.venv-tf/wheels/basic_pitch-0.4.0-py2.py3-none-any.whl
@@ -106,6 +107,12 @@ $(VENV)/.installed: pyproject.toml
 	$(call make_venv,.venv-bench)
 	@echo ".venv-bench: installing gpusaver and the libraries it is measured against"
 	@$(BENCH_PY) -m pip install --quiet -e . -r benchmarks/requirements.txt
+	@touch $@
+
+.venv-orbax/.installed: benchmarks/requirements-orbax.txt
+	$(call make_venv,.venv-orbax)
+	@echo ".venv-orbax: installing Orbax"
+	@$(ORBAX_PY) -m pip install --quiet -r benchmarks/requirements-orbax.txt
 	@touch $@
 
 .venv-fuzz/.installed: pyproject.toml tests/fuzz/requirements.txt
@@ -179,8 +186,11 @@ test-faults: $(READY)  ## the long runs of faults, kills, damage and fuzzing; pr
 
 FUZZ_SECONDS = 60
 fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS each (Linux x86-64)
-	@for target in index v1 state object_graph strings; do \
+	@for target in index v1 state meta object_graph strings; do \
 	    $(FUZZ_PY) tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) || exit 1; done
+
+bench-damage: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## damage and kill gpusaver, its peers and Orbax
+	$(BENCH_PY) benchmarks/damage_peers.py
 
 nightly: $(READY)  ## test and test-tf with many more generated examples
 	PYTEST_ADDOPTS=--hypothesis-profile=nightly $(MAKE) test test-tf

@@ -55,7 +55,8 @@ class FileLock:
         with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)  # closing would leave it to a child forked by other means than Python's
         _held.discard(fd)
-        os.close(fd)
+        with contextlib.suppress(OSError):  # the descriptor is free all the same
+            os.close(fd)
 
     def __del__(self) -> None:
         self.release()

@@ -17,12 +17,13 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from system_calls import CHANGES, Call, intercepted
+from system_calls import CHANGES, Call, intercepted, octets
 
 SECTOR_NBYTES = 512
 
@@ -102,7 +103,7 @@ class Recorder:
             self.record.append(Operation("cut", path, file, number=call.args[1]))
         else:
             buffers = call.args[1] if call.name == "pwritev" else [call.args[1]]
-            data = b"".join(map(bytes, buffers))[:result]
+            data = octets(buffers)[:result]
             self.record.append(Operation("write", path, file, offset=call.args[2], data=data))
 
 
@@ -181,7 +182,9 @@ class CrashPoint:
         synced = {(op.name, op.file if op.name == "sync" else op.path): at for at, op in enumerate(past)}
         self.acknowledged = max((op.number for op in past if op.name == "acknowledged"), default=None)
         self.durable = Disk()
-        self.open: list[Operation] = []
+        #: Each is there or is not.  What concerns lock files, whose content nobody relies on, goes together.
+        self.open: list[list[Operation]] = []
+        locks: list[Operation] = []
         for at, operation in enumerate(past):
             if operation.name in ("sync", "sync_directory", "acknowledged"):
                 continue
@@ -192,8 +195,12 @@ class CrashPoint:
             # Applying later what is open keeps the order: a sync makes durable all that came before it.
             if is_durable:
                 self.durable.apply(operation)
+            elif operation.path.endswith(".gpusaver-lock"):
+                locks.append(operation)
             else:
-                self.open += sectors(operation)
+                self.open += [[part] for part in sectors(operation)]
+        if locks:
+            self.open.append(locks)
 
     def states(self, limit: int, random: random.Random) -> Iterator[Content]:
         """The crash states: all of them if there are at most ``limit``, else so many, drawn."""
@@ -210,8 +217,8 @@ class CrashPoint:
 
     def state(self, choice: list[bool]) -> Content:
         disk = self.durable.copy()
-        for operation, is_there in zip(self.open, choice, strict=True):
-            if is_there:
+        for operations, is_there in zip(self.open, choice, strict=True):
+            for operation in operations if is_there else ():
                 disk.apply(operation)
         return disk.content()
 
@@ -234,22 +241,38 @@ def sectors(operation: Operation) -> list[Operation]:
     return pieces
 
 
+def _syncs_file(part: str) -> Callable[[list[Operation], int], bool]:
+    """Whether an operation syncs a file that will be called so."""
+
+    def matches(record: list[Operation], at: int) -> bool:
+        later = (op.target for op in record[at:] if op.name == "rename" and op.file == record[at].file)
+        return record[at].name == "sync" and re.search(part, next(later, "")) is not None
+
+    return matches
+
+
+def _syncs_after(name: str, part: str) -> Callable[[list[Operation], int], bool]:
+    """Whether an operation syncs the directory right after such another."""
+
+    def matches(record: list[Operation], at: int) -> bool:
+        before = record[at - 1]
+        is_it = before.name == name and re.search(part, before.target or before.path) is not None
+        return record[at].name == "sync_directory" and is_it
+
+    return matches
+
+
 #: The syncs of the protocol: what each makes durable, and how it is told from the others.
 SYNCS: dict[str, Callable[[list[Operation], int], bool]] = {
-    "data": lambda record, at: record[at].name == "sync" and ".data-" in record[at].path,
-    "index": lambda record, at: record[at].name == "sync" and ".index" in record[at].path,
-    "state file": lambda record, at: record[at].name == "sync" and record[at].path.split("/")[-1][:10] == "checkpoint",
-    "names of the data files": lambda record, at: _syncs_after(record, at, "rename", ".data-"),
-    "commit": lambda record, at: _syncs_after(record, at, "rename", ".index"),
-    "name of the state file": lambda record, at: _syncs_after(record, at, "rename", "checkpoint"),
-    "folder": lambda record, at: _syncs_after(record, at, "mkdir", ""),
+    "data": _syncs_file(r"\.data-"),
+    "index": _syncs_file(r"\.index$"),
+    "meta graph": _syncs_file(r"\.meta$"),
+    "state file": _syncs_file(r"checkpoint$"),
+    "names of the data files": _syncs_after("rename", r"\.data-"),
+    "commit": _syncs_after("rename", r"\.(index|meta)$"),
+    "name of the state file": _syncs_after("rename", r"checkpoint$"),
+    "folder": _syncs_after("mkdir", ""),
 }
-
-
-def _syncs_after(record: list[Operation], at: int, name: str, part: str) -> bool:
-    """Whether this is the sync of a directory that follows such an operation."""
-    before = record[at - 1]
-    return record[at].name == "sync_directory" and before.name == name and part in (before.target or before.path)
 
 
 def without_sync(record: list[Operation], sync: str) -> list[Operation]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from oracle import check_recovery
 from scenarios import SCENARIOS, Scenario
-from system_calls import Call, intercepted
+from system_calls import Call, Hook, intercepted, octets
 
 #: Within it a child makes some three saves.
 LONGEST_LIFE_SECONDS = 0.02
@@ -98,40 +98,48 @@ def kill_at_moments(directory: Path, count: int, seed: int) -> tuple[int, int]:
 
 
 def kill_at_calls(directory: Path, scenario: Scenario) -> tuple[int, int]:
-    kills = unfinished = 0
-    for n, is_half in ((number // 2, bool(number % 2)) for number in itertools.count()):
+    calls: list[str] = []
+    place = directory / "whole"
+    place.mkdir()
+    run_to_last_save(
+        scenario, place, lambda call, perform: (calls.append(call.name), perform())[1], lambda version: None
+    )
+    moments = [(n, False) for n in range(len(calls))] + [(n, True) for n, name in enumerate(calls) if name == "pwritev"]
+    unfinished = 0
+    for n, is_half in moments:
         place = directory / f"{n}-{is_half}"
         place.mkdir()
-        last, code = Child(lambda ack, n=n, h=is_half, p=place: die_at(scenario, p, n, h, ack)).wait()  # type: ignore[misc]
-        found = check_recovery(place / scenario.folder, last)
-        if code == 0:
-            assert found == scenario.versions[-1]
-            if is_half:
-                continue  # this call was no write
-            return kills, unfinished
+        hook = killing_hook(n, is_half)
+        last, code = Child(lambda ack, p=place, h=hook: run_to_last_save(scenario, p, h, ack)).wait()  # type: ignore[misc]
         assert code == -signal.SIGKILL, f"the child ended by itself: {code}"
-        kills += 1
+        check_recovery(place / scenario.folder, last)
         unfinished += is_unfinished(place)
         with scenario.job(place) as job:  # a process that comes after it goes on
             job.save(scenario.versions[-1] + 1)
         assert check_recovery(place / scenario.folder, scenario.versions[-1] + 1)
-    raise AssertionError
+        assert not is_unfinished(place)
+    return len(moments), unfinished
 
 
-def die_at(scenario: Scenario, directory: Path, n: int, is_half: bool, acknowledge: Acknowledge) -> None:
-    """The process ends before call number ``n`` of the last save; or in its middle, if it is a write."""
+def killing_hook(n: int, is_half: bool) -> Hook:
+    """The process ends before call number ``n``; or in its middle, if it is a write."""
     numbers = itertools.count()
     pwritev = os.pwritev
 
     def hook(call: Call, perform: Callable[[], Any]) -> Any:
-        if next(numbers) == n and (call.name == "pwritev" or not is_half):
+        if next(numbers) == n:
             if is_half:
                 descriptor, buffers, offset = call.args
-                data = b"".join(map(bytes, buffers))
+                data = octets(buffers)
                 pwritev(descriptor, [data[: len(data) // 2]], offset)
             os.kill(os.getpid(), signal.SIGKILL)
         return perform()
 
+    return hook
+
+
+def run_to_last_save(scenario: Scenario, directory: Path, hook: Hook, acknowledge: Acknowledge) -> None:
+    """The scenario; the calls of its last save go through the hook."""
     *before, last = scenario.versions
     with scenario.job(directory) as job:
         for version in before:

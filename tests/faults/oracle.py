@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
-from scenarios import version_of
+from scenarios import state_of, version_of
 
 import gpusaver
 from gpusaver.errors import Error
+from gpusaver.metagraph.reading import read_meta_graph, saved_variables
 
 
-def prefixes(directory: Path | str) -> list[str]:
-    """Of all that is called a checkpoint there, complete or not, the newest first."""
-    found = [name.removesuffix(".index") for name in os.listdir(directory) if name.endswith(".index")]
-    found.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)], reverse=True)
-    return [os.path.join(directory, name) for name in found]
-
-
-def recover(directory: Path | str) -> int | None:
-    """The version that the newest restorable checkpoint holds, bit for bit; None if there is none."""
-    for prefix in prefixes(directory) if os.path.isdir(directory) else ():
+def recover(directory: Path | str, *, state_file: str | None = None) -> int | None:
+    """The version that ``restore_latest`` restores, bit for bit; None if there is no checkpoint."""
+    state = state_of(0)
+    with gpusaver.Saver(state) as saver:
         try:
-            return version_of(gpusaver.load(prefix))
-        except Error:
-            continue
-    return None
+            report = saver.restore_latest(directory, latest_filename=state_file)
+        except Error as error:
+            raise AssertionError(f"nothing could be restored: {error}") from error
+    return None if report is None else version_of(state)
 
 
 def check_state_file(directory: Path | str) -> None:
@@ -46,9 +40,21 @@ def check_state_file(directory: Path | str) -> None:
             raise AssertionError(f"the state file names {prefix}, which cannot be restored: {error}") from error
 
 
+def check_meta_files(directory: Path | str) -> None:
+    """They are whole, or not there."""
+    for path in Path(directory).glob("*.meta"):
+        try:
+            assert len(saved_variables(read_meta_graph(path))) == len(state_of(0))
+        except Error as error:
+            raise AssertionError(f"{path} is broken: {error}") from error
+
+
 def check_recovery(directory: Path | str, acknowledged: int | None) -> int | None:
-    """The newest acknowledged version is restored, or a newer one; returns it."""
+    """The newest acknowledged version is restored, or a newer one, with the state file and without; returns it."""
     found = recover(directory)
     assert (found or 0) >= (acknowledged or 0), f"{found} was restored, but {acknowledged} was acknowledged"
+    without = recover(directory, state_file="no such file")
+    assert (without or 0) >= (found or 0), f"{without} was restored without the state file, {found} with it"
     check_state_file(directory)
+    check_meta_files(directory)
     return found

@@ -65,6 +65,7 @@ class Scenario:
     is_sharded: bool = False
     writes_state: bool = True
     direct_io: bool | None = None
+    strict: bool = False
 
     def prefix(self, directory: Path | str, version: int) -> str:
         path = os.path.join(directory, self.folder, "k")
@@ -103,6 +104,7 @@ class Job:
             sharded=scenario.is_sharded,
             max_to_keep=scenario.max_to_keep,
             direct_io=scenario.direct_io,
+            strict=scenario.strict,
             storage=storage,
         )
 
@@ -135,5 +137,6 @@ SCENARIOS = [
     Scenario("retention_of_two", (1, 2, 3), max_to_keep=2),
     Scenario("sharded_overwrite", (1, 2), is_one_prefix=True, is_sharded=True),
     Scenario("direct_io", (1, 2), direct_io=True, max_to_keep=1),
+    Scenario("strict_overwrite", (1, 2), strict=True, is_one_prefix=True),
     Scenario("new_folder", (1, 2), folder="run"),
 ]

@@ -13,13 +13,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
+
 _BY_PATH = ("open", "stat", "lstat", "listdir", "scandir", "mkdir", "unlink", "remove", "replace", "rename", "link")
-_BY_DESCRIPTOR = ("pwritev", "pwrite", "write", "preadv", "posix_fallocate", "ftruncate", "fsync", "fstat", "close")
+_BY_DESCRIPTOR = (
+    "pwritev",
+    "pwrite",
+    "write",
+    "preadv",
+    "pread",
+    "posix_fallocate",
+    "ftruncate",
+    "fsync",
+    "fstat",
+    "close",
+)
 
 #: What changes a directory or a file; the others only look.
 CHANGES = frozenset({"mkdir", "unlink", "replace", "pwritev", "posix_fallocate", "ftruncate", "fsync"})
@@ -91,3 +104,8 @@ def intercepted(directory: Path | str, hook: Hook) -> Iterator[None]:
         for name in _BY_DESCRIPTOR:
             stack.enter_context(mock.patch.object(os, name, interception.by_descriptor(name)))
         yield
+
+
+def octets(buffers: Sequence[Any]) -> bytes:
+    """What a write writes: arrays of any type as they lie in memory."""
+    return b"".join(np.frombuffer(buffer, np.uint8).tobytes() for buffer in buffers)

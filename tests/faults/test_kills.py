@@ -45,7 +45,7 @@ def test_killed_at_random_moments(batch: int, memory_path: Path, count_cases: Ca
     count_cases(kills)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", sized(SCENARIOS[1:4], SCENARIOS), ids=lambda scenario: scenario.name)
 def test_killed_at_every_call(scenario: Scenario, memory_path: Path, count_cases: Callable[[int], None]) -> None:
     kills, unfinished = kill(memory_path, "calls", scenario.name)
     assert kills > 25

@@ -47,7 +47,7 @@ def large_state(seed: int) -> State:
 
 def save_large(directory: Path, seed: int) -> dict[str, bytes]:
     with gpusaver.variables():
-        gpusaver.Saver(large_state(seed), sharded=True).save(directory / "k", write_state=False)
+        gpusaver.Saver(large_state(seed), sharded=True).save(directory / "k", write_state=False, write_meta_graph=False)
     return {name: (directory / name).read_bytes() for name in sorted(os.listdir(directory))}
 
 

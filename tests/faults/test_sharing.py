@@ -68,7 +68,7 @@ def test_savers_with_names_of_their_own(memory_path: Path, count_cases: CountCas
         paths = list(state.all_model_checkpoint_paths)
         assert paths == [f"{memory_path}/{name}-{SAVES - 1}", f"{memory_path}/{name}-{SAVES}"]
         assert [version_of(gpusaver.load(path)) for path in paths] == [SAVES - 1, SAVES]
-    assert len(os.listdir(memory_path)) == 3 * (2 * 2 + 1)
+    assert len(os.listdir(memory_path)) == 3 * (2 * 3 + 1)
     count_cases(3 * SAVES)
 
 

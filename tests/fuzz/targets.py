@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 import gpusaver
 from gpusaver import checkpoint_state
 from gpusaver.bundle.index import BundleIndex
@@ -24,6 +26,7 @@ from gpusaver.bundle.table_reader import Table
 from gpusaver.bundle.v1 import V1Bundle
 from gpusaver.bundle.verify import structure_problems
 from gpusaver.errors import Error, NotFoundError
+from gpusaver.metagraph.reading import read_meta_graph, saved_variables
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CORPUS = Path(__file__).with_name("corpus")
@@ -41,11 +44,12 @@ class MemoryFile:
 
     def read_into(self, offset: int, buffers: Any) -> None:
         for buffer in buffers:
-            part = self._data[offset : offset + len(buffer)]
-            if len(part) != len(buffer):
+            octets = np.frombuffer(buffer, np.uint8)
+            part = self._data[offset : offset + len(octets)]
+            if len(part) != len(octets):
                 raise gpusaver.OutOfRangeError("the file ends")
-            buffer[:] = part
-            offset += len(buffer)
+            octets[:] = np.frombuffer(part, np.uint8)
+            offset += len(octets)
 
     def close(self) -> None:
         pass
@@ -59,7 +63,7 @@ class MemoryStorage:
     def __init__(self, files: dict[str, bytes]) -> None:
         self._files = files
 
-    def open(self, path: str) -> MemoryFile:
+    def open(self, path: str, *, uncached: bool = False) -> MemoryFile:
         if path not in self._files:
             raise NotFoundError(path)
         return MemoryFile(self._files[path])
@@ -91,7 +95,8 @@ def index(data: bytes) -> None:
         return
     for walk in (found.items, found.tensors, found.slice_keys, lambda: structure_problems(found, {0: DATA_NBYTES})):
         ours(lambda walk=walk: list(walk()))  # type: ignore[misc]
-    ours(lambda: found.expect_lookups(1 << 20))
+    keys = [key for key, _ in ours(lambda: list(found.tensors())) or ()]
+    ours(lambda: found.rows(keys * (1000 // len(keys) if keys else 0)))  # so many that it decodes all at once
     storage = MemoryStorage({"k.index": data, "k.data-00000-of-00001": bytes(DATA_NBYTES)})
     reader = ours(lambda: gpusaver.CheckpointReader("k", storage=storage))  # type: ignore[arg-type]
     for name in (ours(lambda: list(reader)) or ())[:64]:
@@ -112,6 +117,14 @@ def state(data: bytes) -> None:
     assert latest is None or os.path.dirname(os.path.normpath(latest)) == "d", f"escapes to {latest}"
 
 
+def meta(data: bytes) -> None:
+    """Also the variables that a graph describes; not their arrays, which may be as large as it says."""
+    storage: Any = MemoryStorage({"k.meta": data})
+    found = ours(lambda: read_meta_graph("k.meta", storage=storage))
+    if found is not None:
+        ours(lambda: saved_variables(found))
+
+
 def object_graph(data: bytes) -> None:
     ours(lambda: readable_names(data))
 
@@ -124,7 +137,7 @@ def strings(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (index, v1, state, object_graph, strings)
+    target.__name__: target for target in (index, v1, state, meta, object_graph, strings)
 }
 
 
@@ -140,6 +153,8 @@ def seeds(name: str) -> Iterator[bytes]:
         yield from (
             path.read_bytes() for path in sorted(GOLDEN.glob("*/*")) if path.name in ("checkpoint", "abs_state")
         )
+    elif name == "meta":
+        yield from (path.read_bytes() for path in sorted(GOLDEN.glob("*/*.meta")) if path.stat().st_size < 20_000)
     elif name == "object_graph":
         yield gpusaver.load(GOLDEN / "object_based_tf2" / "ckpt-2")["_CHECKPOINTABLE_OBJECT_GRAPH"]
     else:

@@ -306,7 +306,7 @@ def test_padding_is_cut_off_in_whatever_order_it_comes(tmp_path: Path, last_firs
 
 
 def test_everything_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order that durability hangs on: data, index, renames of data, directory, rename of the index, directory."""
+    """The order that durability hangs on: data, meta graph and index; names of the data; then those of the others."""
     log: list[str] = []
     paths: dict[int, str] = {}
     opened, renamed = os.open, os.replace
@@ -330,7 +330,8 @@ def test_everything_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with gpusaver.Saver({"w": np.zeros(3)}) as saver:
         saver.save(tmp_path / "k")
     assert log == [
-        *("sync data", "sync index", "rename data", "sync .", "rename index", "sync ."),
+        # A .meta file on the way is called like the index.
+        *("sync data", "sync index", "sync index", "rename data", "sync .", "rename index", "rename meta", "sync ."),
         *("sync check", "rename check", "sync ."),
     ]
 

@@ -221,3 +221,18 @@ def test_a_full_disk_does_not_keep_the_lock_from_being_taken(path: str, monkeypa
     lock = LocalStorage().lock(path)
     assert lock.is_exclusive
     lock.release()
+
+
+def test_a_release_never_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a disk that fails: what was saved under the lock is saved."""
+    close = os.close
+
+    def failing(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.EIO, "injected")
+
+    lock = LocalStorage().lock(f"{tmp_path}/lock")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", failing)
+        lock.release()
+    LocalStorage().lock(f"{tmp_path}/lock", wait_seconds=0).release()
