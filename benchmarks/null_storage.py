@@ -18,6 +18,12 @@ class _NullFile:
     def abort(self) -> None: ...
 
 
+class _NullLock:
+    is_exclusive = False
+
+    def release(self) -> None: ...
+
+
 class NullStorage:
     """See :class:`gpusaver.storage.base.Storage`; nothing that was written can be opened."""
 
@@ -29,7 +35,7 @@ class NullStorage:
     def prefers_direct(self, directory: str) -> bool:
         return False
 
-    def open(self, path: str) -> Any:
+    def open(self, path: str, *, uncached: bool = False) -> Any:
         raise NotImplementedError(f"{path}: nothing is kept here")
 
     def exists(self, path: str) -> bool:
@@ -51,3 +57,9 @@ class NullStorage:
     def remove(self, path: str) -> None: ...
 
     def sync_directory(self, path: str) -> None: ...
+
+    def lock(self, path: str, *, wait_seconds: float = 0.0) -> Any:
+        return _NullLock()
+
+    def free_nbytes(self, directory: str) -> int | None:
+        return None
