@@ -19,7 +19,7 @@ class _NullFile:
 
 
 class _NullLock:
-    is_exclusive = True
+    is_exclusive = False
 
     def release(self) -> None: ...
 
