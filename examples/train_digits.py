@@ -55,7 +55,7 @@ def new_state(xp: Any, shuffle: np.random.Generator) -> dict[str, Any]:
         "adam": {slot: {name: xp.zeros_like(w) for name, w in weights.items()} for slot in ("mean", "square")},
         "epoch": 0,
         "step": 0,
-        "shuffle": shuffle.bit_generator.state,  # nested dicts of numbers, arrays and a string: values like any other
+        "random": gpusaver.RandomStates(shuffle=shuffle),  # saved and restored like any other value
     }
 
 
@@ -89,7 +89,7 @@ def train_step(xp: Any, state: dict[str, Any], images: Any, labels: Any) -> floa
 
 
 def train(directory: str, epochs: int, *, forget_shuffle: bool = False, storage: Any = None) -> None:
-    """Trains up to ``epochs``, from the latest checkpoint in ``directory`` on, and saves after every epoch."""
+    """Trains up to ``epochs``, from the newest checkpoint in ``directory`` on, and saves after every epoch."""
     from sklearn.datasets import load_digits
 
     xp, device = array_module()
@@ -99,15 +99,15 @@ def train(directory: str, epochs: int, *, forget_shuffle: bool = False, storage:
     shuffle = np.random.Generator(np.random.Philox(key=2))
     state = new_state(xp, shuffle)
 
-    with gpusaver.Saver(state, max_to_keep=3, storage=storage) as saver:
-        latest = gpusaver.latest_checkpoint(directory)
-        if latest is not None:
-            saver.restore(latest)  # into the same arrays; numbers and strings are replaced in the dicts that hold them
-            if not forget_shuffle:
-                shuffle.bit_generator.state = state["shuffle"]
-            # A new Saver knows of no older checkpoints; with these it goes on deleting the surplus.
-            saver.recover_last_checkpoints(gpusaver.get_checkpoint_state(directory).all_model_checkpoint_paths)
-            print("resumed", latest, flush=True)
+    fresh = shuffle.bit_generator.state
+    with gpusaver.CheckpointManager(
+        state, directory, max_to_keep=3, checkpoint_name="digits.ckpt", save_every_n_steps=1, storage=storage
+    ) as manager:
+        resumed_from = manager.restore_or_initialize()  # into the same arrays; numbers are replaced in their dicts
+        if resumed_from is not None:
+            print("resumed", resumed_from, flush=True)
+        if forget_shuffle:
+            shuffle.bit_generator.state = fresh
         while state["epoch"] < epochs:
             order = shuffle.permutation(TRAINING)
             for start in range(0, TRAINING, BATCH):
@@ -115,8 +115,7 @@ def train(directory: str, epochs: int, *, forget_shuffle: bool = False, storage:
                 loss = train_step(xp, state, images[batch], labels[batch])
                 print("step", state["step"], "loss", np.float32(loss), flush=True)
             state["epoch"] += 1
-            state["shuffle"] = shuffle.bit_generator.state
-            saver.save_async(f"{directory}/digits.ckpt", state["epoch"])  # returns as soon as the values are copied
+            manager.step(state["epoch"])  # saves, and returns as soon as the values are copied
     answers = forward(xp, state["weights"], images[TRAINING:])[-1].argmax(axis=1)
     print("accuracy", float((answers == labels[TRAINING:]).mean()), flush=True)
 
@@ -214,8 +213,11 @@ def demonstrate(output: Path, epochs: int, save: int, write: int, *to_resume: st
     print(f"2. The same, but killed (SIGKILL) half-way through write {write} of save {save}. It leaves, in bytes:")
     for path in sorted(rough.iterdir()):
         note = "  <- half-made" if path.name.endswith(".gpusaver-tmp") else ""
+        note = "  <- of the dead process" if path.name.endswith(".gpusaver-lock") else note
         print(f"   {path.stat().st_size:>12,}  {path.name}{note}")
-    print("   What is half-made has a name that no reader takes for a part of a checkpoint, and may be deleted.")
+    print(
+        "   What is half-made has a name that no reader takes for a part of a checkpoint; the next process removes it."
+    )
     resumed = run(rough, epochs, *to_resume)
     start = resumed.said.get("resumed", "nothing, for there is no checkpoint yet")
     print(f"3. The same command again: resumes from {start}, at step {min(resumed.losses)}.\n")

@@ -39,7 +39,9 @@ from gpusaver.errors import (
 )
 from gpusaver.finding import latest_checkpoint, verify
 from gpusaver.importing import import_meta_graph
+from gpusaver.manager import CheckpointManager, SaveProgress
 from gpusaver.pending import PendingSave, SaveReport
+from gpusaver.random_states import RandomStates, step_seed
 from gpusaver.reader import CheckpointReader, list_variables, load, load_checkpoint, load_variable
 from gpusaver.restoring import RestoreReport
 from gpusaver.saver import Saver, save
@@ -56,6 +58,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CancelledError",
+    "CheckpointManager",
     "CheckpointReader",
     "DataLossError",
     "DataType",
@@ -69,8 +72,10 @@ __all__ = [
     "PartitionedVariable",
     "PendingSave",
     "PermissionDeniedError",
+    "RandomStates",
     "ResourceExhaustedError",
     "RestoreReport",
+    "SaveProgress",
     "SaveReport",
     "Saver",
     "TensorSlice",
@@ -94,6 +99,7 @@ __all__ = [
     "remove_checkpoint",
     "reset_default_variables",
     "save",
+    "step_seed",
     "update_checkpoint_state",
     "variables",
     "verify",

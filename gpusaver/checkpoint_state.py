@@ -41,7 +41,8 @@ PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 DEFAULT_STATE_FILENAME = "checkpoint"
 
-#: A larger file is refused, because parsing takes 0.3 s per megabyte.  Room for 40,000 checkpoints with timestamps.
+#: A larger file is refused, because parsing takes 0.15 to 0.75 s per megabyte.  Room for 40,000 checkpoints with
+#: timestamps.
 STATE_FILE_LIMIT_BYTES = 4 << 20
 
 #: protobuf's parser takes quadratic time for a run of backslashes (12 s for 40 kB).  255 of them, the longest file name

@@ -32,8 +32,8 @@ from gpusaver.errors import (
     UnknownError,
 )
 from gpusaver.pipeline.check import bundle_problems
-from gpusaver.reader import not_a_prefix
-from gpusaver.storage.base import Storage, read_bytes
+from gpusaver.reader import not_a_prefix, read_table
+from gpusaver.storage.base import Storage
 from gpusaver.storage.local import LocalStorage
 
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ def verify(prefix: PathLike, *, checksums: bool = True, storage: Storage | None 
         if storage.exists(filenames.index_path(path)):
             yield from _v2_problems(storage, path, checksums)
         elif files := v1_files(storage, path):
-            bundle = V1Bundle([(file, read_bytes(storage, file)) for file in files])
+            bundle = V1Bundle([(file, read_table(storage, file)) for file in files])
             yield from _v1_problems(bundle)
         else:
             yield str(not_a_prefix(path, storage))
@@ -66,7 +66,7 @@ def verify(prefix: PathLike, *, checksums: bool = True, storage: Storage | None 
 
 def _v2_problems(storage: Storage, prefix: str, checksums: bool) -> Iterator[str]:
     path = filenames.index_path(prefix)
-    index = BundleIndex(read_bytes(storage, path), path)
+    index = BundleIndex(read_table(storage, path), path)
 
     def describe(shard: int) -> str:
         return filenames.data_path(prefix, shard, index.num_shards)

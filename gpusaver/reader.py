@@ -15,6 +15,7 @@ from gpusaver.bundle.entry import Entries, Entry, Ranges
 from gpusaver.bundle.filenames import index_path, split_data_path
 from gpusaver.bundle.index import BundleIndex
 from gpusaver.bundle.object_graph import OBJECT_GRAPH_KEY, readable_names, variable_name
+from gpusaver.bundle.table_reader import check_end
 from gpusaver.bundle.v1 import V1Bundle
 from gpusaver.checkpoint_state import PathLike, latest_checkpoint, v1_files
 from gpusaver.device import HOST, Runtime, cuda_module
@@ -56,9 +57,9 @@ class CheckpointReader:
         self._v1: V1Bundle | None = None
         if self._storage.exists(index_path(self.prefix)):
             path = index_path(self.prefix)
-            self._index = BundleIndex(read_bytes(self._storage, path), path)
+            self._index = BundleIndex(read_table(self._storage, path), path)
         elif files := v1_files(self._storage, self.prefix):
-            self._v1 = V1Bundle([(path, read_bytes(self._storage, path)) for path in files])
+            self._v1 = V1Bundle([(path, read_table(self._storage, path)) for path in files])
         else:
             raise not_a_prefix(self.prefix, self._storage)
 
@@ -270,6 +271,11 @@ def _deliver_strings(values: dict[str, Any], name: str, spec: TensorSpec, items:
 
 def _deliver_scalar(values: dict[str, Any], name: str, target: Target) -> None:
     values[name] = target.array[()]
+
+
+def read_table(storage: Storage, path: str) -> bytes:
+    """An index or V1 file; DataLossError, without reading all of it, for a file that does not end as one."""
+    return read_bytes(storage, path, check_end=check_end)
 
 
 def _key(name: str) -> bytes:

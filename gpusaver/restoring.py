@@ -26,8 +26,9 @@ from gpusaver.variables import Leaf
 
 _log = logging.getLogger("gpusaver")
 
-#: Looking for near matches is quadratic; a message needs no more than these.
+#: Looking for near matches compares every missing name with every stored one, 50 us or so a pair.
 _MAX_SUGGESTIONS = 20
+_MAX_COMPARISONS = 10_000
 
 
 class RestoreReport:
@@ -229,9 +230,10 @@ def _complain(
 
 def _with_suggestions(missing: Iterable[str], reader: CheckpointReader) -> list[str]:
     names = list(reader)
+    count = min(_MAX_SUGGESTIONS, _MAX_COMPARISONS // max(1, len(names)))
     lines = []
     for number, name in enumerate(missing):
-        near = difflib.get_close_matches(name, names, n=3) if number < _MAX_SUGGESTIONS and len(names) < 10_000 else []
+        near = difflib.get_close_matches(name, names, n=3) if number < count else []
         lines.append(f"  Key {name} not found in checkpoint" + (f"; did you mean {', '.join(near)}?" if near else ""))
     return lines
 

@@ -53,15 +53,22 @@ _log = logging.getLogger("gpusaver")
 WhenBusy = Literal["wait", "skip", "raise"]
 
 
-class _Request(NamedTuple):
-    """How to save; ``is_awaited``: the caller waits for the end and gets the error."""
+class SaveRequest(NamedTuple):
+    """How to save.
 
-    meta_graph_suffix: str
-    write_meta_graph: bool
-    write_state: bool
+    ``meta_graph_suffix``: None writes no meta graph.  ``is_awaited``: the caller waits for the end and gets the error.
+    ``copies``: see :meth:`gpusaver.pipeline.preflight.Preflight.check`.  ``finish(prefix)`` is called in the saving
+    thread when the checkpoint is durable, ``on_written(nbytes written, in total)`` from any thread while it is being
+    written.
+    """
+
+    meta_graph_suffix: str | None
     capture: Capture
     when_busy: WhenBusy
     is_awaited: bool
+    copies: int = 1
+    finish: Callable[[str], None] | None = None
+    on_written: Callable[[int, int], None] | None = None
 
 
 class Saver:
@@ -128,11 +135,11 @@ class Saver:
         self._pad_step_number = pad_step_number
         self._save_relative_paths = save_relative_paths
         self._read_threads = 1 if restore_sequentially else READ_THREADS
-        self._storage = storage or LocalStorage()
+        self.storage = storage or LocalStorage()
         self._clock = clock
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
         self._check_captures = check_captures
-        self._saving = Saving(self._storage, direct_io, staging_bytes, strict=strict)
+        self._saving = Saving(self.storage, direct_io, staging_bytes, strict=strict)
         kept = self._retention.max_to_keep, self._retention.keep_checkpoint_every_n_hours
         self._options = SaverOptions(name, filename, sharded, reshape, *kept)
         self._description: Description | None = None
@@ -206,8 +213,9 @@ class Saver:
         ResourceExhaustedError for a full disk (found before anything is copied), and the error of an earlier
         background save that nobody has seen.  After an error older checkpoints and the state file are as they were.
         """
-        request = _Request(meta_graph_suffix, write_meta_graph, write_state, "blocking", "wait", is_awaited=True)
-        pending = self._start(save_path, global_step, latest_filename, request)
+        suffix = meta_graph_suffix if write_meta_graph else None
+        request = SaveRequest(suffix, "blocking", "wait", is_awaited=True)
+        pending = self._start(save_path, global_step, latest_filename, meta_graph_suffix, write_state, request)
         assert pending is not None
         with ended_if_interrupted(pending):
             return pending.result()
@@ -236,8 +244,9 @@ class Saver:
             raise ValueError(f"capture: expected auto, snapshot, deferred or blocking, found {capture!r}")
         if when_busy not in ("wait", "skip", "raise"):
             raise ValueError(f"when_busy: expected wait, skip or raise, found {when_busy!r}")
-        request = _Request(meta_graph_suffix, write_meta_graph, write_state, capture, when_busy, is_awaited=False)
-        pending = self._start(save_path, global_step, latest_filename, request)
+        suffix = meta_graph_suffix if write_meta_graph else None
+        request = SaveRequest(suffix, capture, when_busy, is_awaited=False)
+        pending = self._start(save_path, global_step, latest_filename, meta_graph_suffix, write_state, request)
         if pending is None:
             return None
         if pending.capture == "blocking":
@@ -247,29 +256,43 @@ class Saver:
         return pending
 
     def _start(
-        self, save_path: PathLike, global_step: Any, latest_filename: PathLike | None, request: _Request
+        self,
+        save_path: PathLike,
+        global_step: Any,
+        latest_filename: PathLike | None,
+        meta_graph_suffix: str,
+        write_state: bool,
+        request: SaveRequest,
     ) -> PendingSave | None:
-        timeline = Timeline(time.perf_counter(), nvtx())
-        self._check_process()  # before any lock: in a child it may be held by a thread that is not there
+        """With state file and retention, if wanted."""
+        self._check_process()
         prefix = checkpoint_prefix(save_path, global_step, padded=self._pad_step_number)
         state_name = state_filename(
             latest_filename,
             prefix,
             is_plain=global_step is None and not self._sharded,
             is_relative=self._save_relative_paths,
-            is_written=request.write_state,
+            is_written=write_state,
         )
-        meta_graph_file(prefix, request.meta_graph_suffix)  # refuses what cannot be one
-        finish = (request.meta_graph_suffix, state_name) if request.write_state else None
+        meta_graph_file(prefix, meta_graph_suffix)  # refuses what cannot be one
+        if write_state:
+            request = request._replace(
+                copies=1 if global_step is None else self._retention.copies_to_come(),
+                finish=lambda prefix: self._update_state(prefix, meta_graph_suffix, state_name),
+            )
+        return self.start(prefix, request)
+
+    def start(self, prefix: str, request: SaveRequest) -> PendingSave | None:
+        """What :meth:`save`, :meth:`save_async` and the CheckpointManager come down to; None if it was skipped."""
+        timeline = Timeline(time.perf_counter(), nvtx())
+        self._check_process()  # before any lock: in a child it may be held by a thread that is not there
         while self._has_ended(self._pending, request.when_busy):
             with self._lock:
                 if self._pending is None or self._pending.done():  # else another thread was faster
-                    return self._launch(prefix, request, finish, timeline, has_step=global_step is not None)
+                    return self._launch(prefix, request, timeline)
         return None
 
-    def _launch(
-        self, prefix: str, request: _Request, finish: tuple[str, str] | None, timeline: Timeline, *, has_step: bool
-    ) -> PendingSave:
+    def _launch(self, prefix: str, request: SaveRequest, timeline: Timeline) -> PendingSave:
         """Refuses what can be refused, captures, and starts.  Requires: the lock is held, no save is under way."""
         self._check_open()
         if self._names is None:
@@ -280,9 +303,9 @@ class Saver:
             save = plan_save(leaves, sharded=self._sharded, cached=self._plan)
         self._plan = save.plan
         meta_graph = None
-        if request.write_meta_graph:
+        if request.meta_graph_suffix is not None:
             meta_graph = meta_graph_file(prefix, request.meta_graph_suffix), self._describe(leaves, save.plan)
-        make_directory(self._storage, os.path.dirname(prefix), prefix)
+        make_directory(self.storage, os.path.dirname(prefix), prefix)
         with timeline.span("capture"):
             save, mode, reason = self._saving.capture(save, request.capture)
         devices = sorted(runtime.name for runtime in save.runtimes() if runtime is not HOST)
@@ -300,9 +323,8 @@ class Saver:
         if mode == "deferred" and self._check_captures:
             self._saving.watch(save, pending)
         self._pending = pending
-        copies = self._retention.copies_to_come() if has_step and finish is not None else 1
         with ended_if_interrupted(pending):
-            run_in_background(lambda: self._run(save, pending, meta_graph, finish, copies))
+            run_in_background(lambda: self._run(save, pending, meta_graph, request))
         return pending
 
     @staticmethod
@@ -335,20 +357,15 @@ class Saver:
         return leaves
 
     def _run(
-        self,
-        save: Save,
-        pending: PendingSave,
-        meta_graph: tuple[str, Description] | None,
-        finish: tuple[str, str] | None,
-        copies: int,
+        self, save: Save, pending: PendingSave, meta_graph: tuple[str, Description] | None, request: SaveRequest
     ) -> None:
         """In the background: write, commit, state file, retention."""
         try:
             with pending.timeline.in_background():
-                self._saving.write(save, pending, meta_graph, copies)
-                if finish is not None:
+                self._saving.write(save, pending, meta_graph, request.copies, request.on_written)
+                if request.finish is not None:
                     with self._list_lock, pending.timeline.span("commit"):
-                        self._update_state(pending.prefix, *finish)
+                        request.finish(pending.prefix)
         except BaseException as error:  # delivered by PendingSave, whatever it is
             try:
                 if not (pending.is_awaited or isinstance(error, CancelledError)):
@@ -364,16 +381,16 @@ class Saver:
         decision = retention.added(prefix, self._clock())
         directory = os.path.dirname(prefix)
         try:
-            with state_lock(directory, state_name, storage=self._storage):
+            with state_lock(directory, state_name, storage=self.storage):
                 # Another Saver, or somebody by hand, may have deleted what is on this one's list.
-                listed = [path for path in decision.listed if checkpoint_exists(path, storage=self._storage)]
+                listed = [path for path in decision.listed if checkpoint_exists(path, storage=self.storage)]
                 write_state(
                     directory,
                     prefix,
                     listed,
                     state_name,
                     save_relative_paths=self._save_relative_paths,
-                    storage=self._storage,
+                    storage=self.storage,
                 )
                 self._retention = retention
                 for old in decision.delete:
@@ -384,7 +401,7 @@ class Saver:
 
     def _remove(self, old: str, meta_graph_suffix: str) -> None:
         try:
-            remove_checkpoint(old, meta_graph_suffix, storage=self._storage)
+            remove_checkpoint(old, meta_graph_suffix, storage=self.storage)
         except Error as error:
             _log.warning("cannot remove the old checkpoint %s: %s", old, error)
 
@@ -422,7 +439,7 @@ class Saver:
             if self._pending is not None:
                 self._pending.wait_captured()
             try:
-                reader = CheckpointReader(prefix, storage=self._storage)
+                reader = CheckpointReader(prefix, storage=self.storage)
             except NotFoundError as error:
                 raise InvalidArgumentError(f"The passed save_path is not a valid checkpoint: {error}") from error
             return restore_leaves(
@@ -454,11 +471,11 @@ class Saver:
         """
 
         def attempt(prefix: str) -> RestoreReport:
-            check(prefix, checksums=False, storage=self._storage)
+            check(prefix, checksums=False, storage=self.storage)
             return self.restore(prefix, partial=partial, verify="before")
 
         self._check_process()
-        return first_sound(checkpoint_dir, attempt, latest_filename, allow_outside=allow_outside, storage=self._storage)
+        return first_sound(checkpoint_dir, attempt, latest_filename, allow_outside=allow_outside, storage=self.storage)
 
     # -- meta graphs
 
@@ -484,8 +501,8 @@ class Saver:
         )
         if filename is not None:
             path = fs_path(filename, "filename")
-            make_directory(self._storage, os.path.dirname(path), path)
-            write_meta_graph(meta_graph, path, as_text=as_text, storage=self._storage)
+            make_directory(self.storage, os.path.dirname(path), path)
+            write_meta_graph(meta_graph, path, as_text=as_text, storage=self.storage)
         return meta_graph
 
     def as_saver_def(self) -> SaverDef:
@@ -539,7 +556,7 @@ class Saver:
 
     def recover_last_checkpoints(self, checkpoint_paths: Iterable[PathLike]) -> None:
         """Replaces the list by those of the prefixes that exist, with the times of their files."""
-        self.set_last_checkpoints_with_time(checkpoint_times(checkpoint_paths, storage=self._storage))
+        self.set_last_checkpoints_with_time(checkpoint_times(checkpoint_paths, storage=self.storage))
 
     # -- the end
 

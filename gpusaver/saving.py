@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from gpusaver.pipeline.commit import BundleCommit
 from gpusaver.pipeline.plan import Item, Save
 from gpusaver.pipeline.preflight import Preflight
 from gpusaver.pipeline.save import Source, checksums_now, write_chunks
+from gpusaver.pipeline.watched import watched
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage
 
@@ -95,11 +96,18 @@ class Saving:
                 )
         return ""
 
-    def write(self, save: Save, pending: PendingSave, meta_graph: tuple[str, Description] | None, copies: int) -> None:
+    def write(
+        self,
+        save: Save,
+        pending: PendingSave,
+        meta_graph: tuple[str, Description] | None,
+        copies: int,
+        on_written: Callable[[int, int], None] | None,
+    ) -> None:
         """Returns when the checkpoint is durable; after an error nothing of it is left.
 
-        ``meta_graph``: the path of the `.meta` file, and what it says.  ``copies``: how many checkpoints of this size
-        will come beside what is there before the first is deleted.
+        ``meta_graph``: the path of the `.meta` file, and what it says.  ``copies``: see :meth:`Preflight.check`.
+        ``on_written(nbytes written, in total)`` is called from any thread.
         """
         layout = save.plan.layout
         self._preflight.check(pending.prefix, sum(layout.shard_nbytes), len(save.plan.items), copies)
@@ -110,7 +118,7 @@ class Saving:
             checksums = write_chunks(
                 layout,
                 save.sources,
-                commit.files,
+                commit.files if on_written is None else watched(commit.files, sum(layout.shard_nbytes), on_written),
                 self.slots,
                 1 if self._storage.ordered else threads,
                 on_recorded=pending.mark_recorded,

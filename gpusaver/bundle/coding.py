@@ -24,8 +24,14 @@ _HEADERS = [b""] + [((0xFFFF << (16 - n)) & 0xFFFF).to_bytes(2, "big") for n in 
 _ONE_BYTE = [bytes((n,)) for n in range(128)]
 
 
+#: Longer names are shown by their beginning.
+_SHOWN_NBYTES = 240
+
+
 def printable(name: bytes) -> str:
     """A key or name as it appears in messages: bytes that are not UTF-8 as ``\\xff``."""
+    if len(name) > _SHOWN_NBYTES:
+        return f"{name[: _SHOWN_NBYTES - 40].decode('utf-8', 'backslashreplace')}... ({len(name)} bytes)"
     return name.decode("utf-8", "backslashreplace")
 
 

@@ -98,7 +98,9 @@ def decode_entry(value: bytes, num_shards: int) -> Entry:
         head_nbytes = 4 + value[3]
         head, rest = value[:head_nbytes], value[head_nbytes:]
     try:
-        spec, expected_nbytes = _decode_head(head)
+        # The cache must not keep what a hostile file was made of.
+        decode_head = _decode_head if len(head) <= _MAX_CACHED_NBYTES else _decode_head.__wrapped__
+        spec, expected_nbytes = decode_head(head)
         message = tensor_bundle_pb2.BundleEntryProto.FromString(rest)
     except DecodeError as error:
         raise DataLossError(f"not a BundleEntryProto: {error}") from error
@@ -114,6 +116,8 @@ def decode_entry(value: bytes, num_shards: int) -> Entry:
             raise DataLossError(f"{nbytes} bytes cannot hold {spec}")
     return Entry(spec, shard, offset, nbytes, message.crc32c, slices)
 
+
+_MAX_CACHED_NBYTES = 256
 
 #: The longest dtype and shape, and the longest rest of an entry, that are decoded by columns.
 _MAX_HEAD_NBYTES = 32
@@ -182,9 +186,10 @@ def decode_entries(data: bytes, starts: Sequence[int], ends: Sequence[int], num_
 
     Entries that are not as every writer writes them, or not sound, are left to that function.
     """
-    first = np.asarray(starts, np.int64)
-    nbytes = np.asarray(ends, np.int64) - first
-    octets = np.frombuffer(data + bytes(_MAX_HEAD_NBYTES + _MAX_TAIL_NBYTES + _MARGIN), np.uint8)
+    base, end = (starts[0], ends[-1]) if starts else (0, 0)  # of a block among others in the file
+    first = np.asarray(starts, np.int64) - base
+    nbytes = np.asarray(ends, np.int64) - base - first
+    octets = np.frombuffer(data[base:end] + bytes(_MAX_HEAD_NBYTES + _MAX_TAIL_NBYTES + _MARGIN), np.uint8)
     # As every writer orders it: dtype and shape come first, and tensors of one kind share these bytes.
     head_nbytes = 4 + octets[first + 3].astype(np.int64)
     is_usual = (octets[first] == 0x08) & (octets[first + 2] == 0x12) & (octets[first + 1] | octets[first + 3] < 128)
@@ -201,7 +206,8 @@ def decode_entries(data: bytes, starts: Sequence[int], ends: Sequence[int], num_
     tails = _rows(octets, first + head_nbytes, tail_nbytes, _MAX_TAIL_NBYTES + _MARGIN)
     *columns, is_sound = _decode_tails(tails, tail_nbytes)
     ranges = Ranges(*columns)
-    expected = np.fromiter([size for _, size in found], np.int64, len(found))
+    # No entry has as many bytes as 64 bits cannot count.
+    expected = np.fromiter([size if size <= MAX_ELEMENTS else -2 for _, size in found], np.int64, len(found))
     is_sound &= (ranges.shard < num_shards) & (ranges.nbytes == expected)
     specs = [spec for spec, _ in found]
     others = {}

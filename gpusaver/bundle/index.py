@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from gpusaver.bundle.coding import printable
 from gpusaver.bundle.entry import Entries, Entry, decode_entries, decode_entry, encode_entry
 from gpusaver.bundle.slices import slice_key
-from gpusaver.bundle.table_reader import Table
+from gpusaver.bundle.table_reader import KEY_EXPANSION, Table
 from gpusaver.bundle.table_writer import TRAILER_NBYTES, TableWriter, block_trailer
 from gpusaver.bundle.version import VERSION, check_version
 from gpusaver.errors import DataLossError, UnimplementedError
@@ -109,10 +109,19 @@ class BundleIndex:
     def slice_keys(self) -> set[bytes]:
         """The keys of all stored parts of partitioned tensors."""
         if self._slice_keys is None:
-            self._slice_keys = {
-                slice_key(name, part) for name, entry in self.items() if entry.slices for part in entry.slices
-            }
+            keys: set[bytes] = set()
+            nbytes = 0
+            for name, entry in self.items():
+                nbytes += len(entry.slices) * len(name)
+                self._check_slices(name, nbytes)
+                keys.update(slice_key(name, part) for part in entry.slices)
+            self._slice_keys = keys
         return self._slice_keys
+
+    def _check_slices(self, name: bytes, nbytes: int) -> None:
+        """Every slice has a key of its own that repeats the name, and the file must hold them."""
+        if nbytes > KEY_EXPANSION * self._table.nbytes:
+            raise DataLossError(f"{self.name}: {printable(name)} has more slices than the file could name")
 
     def tensors(self) -> Iterator[tuple[bytes, Entry]]:
         """The tensors a user sees: whole and partitioned ones, in key order; parts have no line of their own."""
@@ -123,7 +132,9 @@ class BundleIndex:
 
     def _decode(self, key: bytes, value: bytes) -> Entry:
         try:
-            return decode_entry(value, self.num_shards)
+            entry = decode_entry(value, self.num_shards)
+            self._check_slices(key, len(entry.slices) * len(key))
+            return entry
         except (DataLossError, UnimplementedError) as error:
             raise type(error)(f"{self.name}: index entry of {printable(key)}: {error}") from error
 

@@ -16,8 +16,9 @@ from gpusaver.bundle.coding import encode_slice_key, printable
 from gpusaver.errors import InternalError, InvalidArgumentError, UnimplementedError
 from gpusaver.tensor import TensorSlice
 
-#: Pairs of parts that are compared before giving up: real partitionings, grids too, stay far below.
-_MAX_PAIRS = 1 << 30
+#: Pairs of parts, times dimensions, that are compared before giving up, a second's work.  Real partitionings stay far
+#: below; a grid of 400 by 400 reaches it.
+_MAX_PAIRS = 1 << 26
 
 
 def slice_key(name: bytes, part: TensorSlice) -> bytes:
@@ -98,7 +99,7 @@ def _find_overlap(starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -
             best = (pairs, order, ends)
     assert best is not None
     pairs, order, ends = best
-    if pairs > _MAX_PAIRS:
+    if pairs * rank > _MAX_PAIRS:
         raise UnimplementedError(f"{count} slices of one tensor lie too intricately to be checked for overlaps")
     starts, stops = starts[order], stops[order]
     for row in np.flatnonzero(ends > np.arange(1, count + 1)):

@@ -17,9 +17,9 @@ from gpusaver.bundle.crc import crc32c, mask, unmask
 from gpusaver.bundle.table_writer import FOOTER_NBYTES, MAGIC, PLAIN, SNAPPY, TRAILER_NBYTES
 from gpusaver.errors import DataLossError, UnimplementedError
 
-#: Bytes that the keys of a block may take when written out in full, per byte of the block and on top.  Prefix
-#: compression could otherwise make a small file describe keys without end.
-_KEY_EXPANSION = 32
+#: Bytes that all keys may take when written out in full, per byte of the file and on top.  Prefix compression could
+#: otherwise make a small file describe keys without end.  (TensorFlow writes every 16th key in full: 15 at most.)
+KEY_EXPANSION = 16
 _KEY_ALLOWANCE = 1 << 20
 
 _MAX_UNCOMPRESSED_BLOCK = 64 << 20
@@ -30,6 +30,19 @@ _LOOKUPS_BEFORE_DICT = 64
 
 #: Keys, and the bytes in which the value of each lies from its start to its end.
 Columns = tuple[list[bytes], bytes, list[int], list[int]]
+
+
+def check_end(end: bytes, size: int, name: str) -> None:
+    """Before a file of ``size`` bytes is read as a whole: raises DataLossError if its last bytes are not a table's."""
+    if size < FOOTER_NBYTES:
+        raise DataLossError(
+            f"{name}: {size} bytes are too short for a table, whose footer alone has {FOOTER_NBYTES} bytes"
+        )
+    if end[-len(MAGIC) :] != MAGIC:
+        raise DataLossError(
+            f"{name}: not a table (bad magic number): the last 8 bytes are {end[-8:].hex()}, expected {MAGIC.hex()}; "
+            "the file is cut off or of another kind"
+        )
 
 
 class Table:
@@ -79,13 +92,7 @@ class Table:
 
     def _read_footer(self) -> tuple[tuple[int, int], tuple[int, int]]:
         size = len(self._data)
-        if size < FOOTER_NBYTES:
-            raise self._damage(f"{size} bytes are too short for a table, whose footer alone has {FOOTER_NBYTES}")
-        if self._data[-len(MAGIC) :] != MAGIC:
-            raise self._damage(
-                f"not a table (bad magic number): the last 8 bytes are {self._data[-8:].hex()}, expected "
-                f"{MAGIC.hex()}; the file is cut off or of another kind"
-            )
+        check_end(self._data[-FOOTER_NBYTES:], size, self._name)
         end = size - len(MAGIC)
         try:
             *metaindex, position = self._read_handle(self._data, size - FOOTER_NBYTES, end)
@@ -105,11 +112,15 @@ class Table:
         return offset, size, position
 
     def _read_index_block(self, offset: int, size: int) -> None:
+        end = 0
         for key, value in self._read_block(offset, size).entries():
             try:
                 block_offset, block_size, _ = self._read_handle(value, 0, len(value))
             except DataLossError as error:
                 raise self._damage(f"index block at {offset}: {error}") from error
+            if block_offset < end:  # each is kept once it has been read, and a compressed one is larger than here
+                raise self._damage(f"index block at {offset}: the block at {block_offset} begins before {end}")
+            end = block_offset + block_size
             self._separators.append(key)
             self._handles.append((block_offset, block_size))
 
@@ -122,11 +133,15 @@ class Table:
     def _read_block(self, offset: int, size: int) -> _Block:
         kind = self._check_block(offset, size)
         if kind == PLAIN:
-            return _Block(self._data, offset, offset + size, f"{self._name}: block at {offset}")
+            return _Block(self._data, offset, offset + size, self._share(size), f"{self._name}: block at {offset}")
         if kind != SNAPPY:
             raise self._damage(f"block at {offset} has unknown type {kind}")
         content = self._uncompress(offset, size)
-        return _Block(content, 0, len(content), f"{self._name}: Snappy block at {offset}")
+        return _Block(content, 0, len(content), self._share(size), f"{self._name}: Snappy block at {offset}")
+
+    def _share(self, size: int) -> int:
+        """Of a block of so many bytes in what is allowed on top for the whole file."""
+        return _KEY_ALLOWANCE * size // len(self._data)
 
     def _check_block(self, offset: int, size: int) -> int:
         """Verifies the checksum of a block and its type, and returns the type."""
@@ -164,7 +179,7 @@ class Table:
 class _Block:
     """Entries between ``start`` and the restart array that ends at ``stop`` in ``data``."""
 
-    def __init__(self, data: bytes, start: int, stop: int, name: str) -> None:
+    def __init__(self, data: bytes, start: int, stop: int, key_allowance: int, name: str) -> None:
         self.data = data
         self._name = name
         count = int.from_bytes(data[stop - 4 : stop], "little") if stop - start >= 8 else 0
@@ -178,7 +193,7 @@ class _Block:
             raise DataLossError(f"{name}: its restarts do not ascend")
         #: Entries from bounds[i] up to bounds[i + 1] form a run whose first key is stored whole.
         self._bounds = [start + offset for offset in restarts] + [end]
-        self._key_allowance = _KEY_EXPANSION * (stop - start) + _KEY_ALLOWANCE
+        self._key_allowance = KEY_EXPANSION * (stop - start) + key_allowance
         self._lookups = 0
         self._all: dict[bytes, bytes] | None = None
 

@@ -24,6 +24,7 @@ def structure_problems(index: BundleIndex, shard_nbytes: Mapping[int, int | None
     ``shard_nbytes`` maps shards to the sizes of their data files (None or absent: there is no such file).  A shard
     in which no entry lies need not exist.  Raises DataLossError if the index itself cannot be read.
     """
+    index.slice_keys()  # raises if they are more than there can be
     stored: list[tuple[int, int, int, bytes]] = []
     missing: dict[int, int] = {}
     for key, entry in index.items():

@@ -29,6 +29,9 @@ from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import ReadableFile, Storage
 from gpusaver.tensor import DataType, TensorSlice, TensorSpec
 
+#: How often the bytes of the data files may be claimed by tensors that are loaded at once: tied ones have many names.
+_MAX_CLAIMS = 64
+
 
 class Target(NamedTuple):
     """Where a tensor, or the wanted part of one, goes: an array of its shape, and the runtime that writes it.
@@ -51,6 +54,7 @@ class Assembly:
         self._storage = storage
         # By shard, looked up once: memory is allocated, and bytes are written, only for what is there.
         self._sizes: dict[int, int] = {}
+        self._claimed = 0
         # Stored tensors and slices that are read into memory of our own, however many targets take a part of them.
         self._memory: dict[Entry, Any] = {}
         self._reads = Reads()
@@ -104,7 +108,7 @@ class Assembly:
             return
         memory = self._memory.get(entry)
         if memory is None:
-            self._check_length(entry, target.name)
+            self._claim(entry, target.name)
             memory = self._memory[entry] = np.empty(entry.spec.shape, entry.spec.dtype.numpy_dtype)
             self._reads.add(entry, HOST, memory, target.name, in_place=False)
             if swap:
@@ -116,7 +120,7 @@ class Assembly:
         """``deliver`` gets the elements of a string tensor, row-major, once everything has been verified."""
         if entry.slices:
             raise UnimplementedError(f"tensor {name}: string tensors stored in slices cannot be put together")
-        self._check_length(entry, name)
+        self._claim(entry, name)
         memory = np.empty(entry.nbytes, np.uint8)
         self._string_reads.add(entry, HOST, memory, name, in_place=False, checked=False)
         count, big_endian = entry.spec.num_elements, self._index.big_endian
@@ -185,7 +189,17 @@ class Assembly:
         if entry.slices:
             check_tiling(key, entry.spec.shape, entry.slices)
         for stored in [self._stored_slice(key, entry, part) for part in entry.slices] or [entry]:
-            self._check_length(stored, name)
+            self._claim(stored, name)
+
+    def _claim(self, entry: Entry, name: str) -> None:
+        """Before memory of our own is allocated for the bytes of an entry."""
+        self._check_length(entry, name)
+        self._claimed += entry.nbytes
+        if self._claimed > _MAX_CLAIMS * sum(self._sizes.values()):
+            raise DataLossError(
+                f"{self._prefix}.index: its tensors claim the same bytes again and again, {name} for the "
+                f"{_MAX_CLAIMS + 1}th time or so. If they really are tied, load fewer at a time"
+            )
 
 
 def _swap_bytes(memory: Any, width: int) -> None:

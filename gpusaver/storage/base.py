@@ -10,10 +10,10 @@ import os
 import secrets
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from gpusaver.errors import InvalidArgumentError
+from gpusaver.errors import InvalidArgumentError, ResourceExhaustedError
 from gpusaver.tensor import Buffer
 
 #: How long a lock is waited for.  Only a save of that very prefix holds it longer, or a process that was stopped.
@@ -124,15 +124,31 @@ def _host_digits() -> str:
     return f"{zlib.crc32(socket.gethostname().encode()) & 0xFFFF:04x}"
 
 
-def read_bytes(storage: Storage, path: str, *, limit: int | None = None) -> bytes:
-    """The content of a small file.  ``limit`` (bytes) guards against absurd sizes: InvalidArgumentError beyond it."""
+def read_bytes(
+    storage: Storage,
+    path: str,
+    *,
+    limit: int | None = None,
+    check_end: Callable[[bytes, int, str], None] | None = None,
+) -> bytes:
+    """The content of a small file.  ``limit`` (bytes) guards against absurd sizes: InvalidArgumentError beyond it.
+
+    ``check_end(its last 64 bytes or fewer, its size, its path)`` may raise before the rest is read.
+    ResourceExhaustedError if there is no memory for it.
+    """
     file = storage.open(path)
     try:
         if limit is not None and file.size > limit:
             raise InvalidArgumentError(f"{path} has {file.size} bytes, expected at most {limit}")
+        if check_end is not None:
+            end = bytearray(min(file.size, 64))
+            file.read_into(file.size - len(end), [memoryview(end)])
+            check_end(bytes(end), file.size, path)
         data = bytearray(file.size)
         file.read_into(0, [memoryview(data)])
         return bytes(data)
+    except MemoryError as error:
+        raise ResourceExhaustedError(f"{path}: no memory for its {file.size} bytes") from error
     finally:
         file.close()
 

@@ -1,0 +1,53 @@
+"""Files that tell how much has been written to them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from gpusaver.storage.base import WritableFile
+from gpusaver.tensor import Buffer
+
+
+def watched(
+    files: Sequence[WritableFile], total_nbytes: int, on_written: Callable[[int, int], None]
+) -> list[WritableFile]:
+    """The same files; ``on_written(nbytes written to all of them so far, total_nbytes)`` is called after each write.
+
+    One call at a time, in ascending order, from whichever thread has written.
+    """
+    meter = _Meter(total_nbytes, on_written)
+    return [_WatchedFile(file, meter) for file in files]
+
+
+class _Meter:
+    def __init__(self, total_nbytes: int, on_written: Callable[[int, int], None]) -> None:
+        self._written = 0
+        self._total = total_nbytes
+        self._on_written = on_written
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._written = min(self._written + nbytes, self._total)  # the last block may be padded
+            self._on_written(self._written, self._total)
+
+
+class _WatchedFile:
+    def __init__(self, file: WritableFile, meter: _Meter) -> None:
+        self.alignment = file.alignment
+        self._file = file
+        self._meter = meter
+
+    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._file.write_at(offset, buffers)
+        self._meter.add(sum(buffer.nbytes for buffer in buffers))
+
+    def sync(self) -> None:
+        self._file.sync()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def abort(self) -> None:
+        self._file.abort()
