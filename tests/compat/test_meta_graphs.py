@@ -82,7 +82,9 @@ def test_an_unknown_op_is_kept_and_raises_when_it_is_run() -> None:
         with pytest.raises(tf.errors.UnimplementedError, match="'Mystery' of node 'm'"):
             session.run("n:0")
         with pytest.raises(LookupError, match="No gradient defined for operation 'm'"):
-            tf.gradients(tf.get_default_graph().get_tensor_by_name("n:0"), tf.get_default_graph().get_tensor_by_name("a:0"))
+            tf.gradients(
+                tf.get_default_graph().get_tensor_by_name("n:0"), tf.get_default_graph().get_tensor_by_name("a:0")
+            )
 
 
 def test_nodes_come_in_any_order() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tensorflow
-from sklearn.datasets import load_digits
 
 import gpusaver.compat.v1 as tf
 
@@ -18,54 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "compat"))
 import classifier
 
 v1 = tensorflow.compat.v1
-BATCH, FIRST, FURTHER = 64, 8, 3
-
-
-def batches() -> Iterator[tuple[Any, Any]]:
-    digits = load_digits()
-    images = (digits.data / 16).astype(np.float32)
-    labels = np.eye(10, dtype=np.float32)[digits.target]
-    order = np.random.RandomState(1).permutation(len(images))
-    for start in range(0, len(images) - BATCH, BATCH):
-        chosen = order[start : start + BATCH]
-        yield images[chosen], labels[chosen]
-
-
-DATA = list(batches())
-
-
-def steps(session: Any, numbers: range) -> list[tuple[Any, Any]]:
-    """The loss before, and the logits after, of each training step."""
-    found = []
-    for number in numbers:
-        feed = dict(zip(("x:0", "y:0"), DATA[number], strict=True))
-        loss, _ = session.run(["loss:0", "train"], feed)
-        found.append((loss, session.run("logits:0", feed)))
-    return found
+DATA = classifier.batches()
 
 
 def trained(library: Any, prefix: str, *, is_resource: bool, sharded: bool = False) -> list[tuple[Any, Any]]:
-    """Trains, saves, and returns what the further steps gave."""
     (library.enable_resource_variables if is_resource else library.disable_resource_variables)()
-    with library.Graph().as_default():
-        classifier.build(library)
-        saver = library.train.Saver(sharded=sharded)
-        with library.Session() as session:
-            session.run(library.global_variables_initializer())
-            steps(session, range(FIRST))
-            saver.save(session, prefix)
-            return steps(session, range(FIRST, FIRST + FURTHER))
-
-
-def continued(library: Any, prefix: str) -> list[tuple[Any, Any]]:
-    with library.Graph().as_default(), library.Session() as session:
-        saver = library.train.import_meta_graph(prefix + ".meta")
-        saver.restore(session, prefix)
-        assert library.train.global_step(session, library.train.get_global_step()) == FIRST
-        names = [variable.op.name for variable in library.global_variables()]
-        assert {"hidden/w", "hidden/w/Adam", "hidden/w/Adam_1", "beta1_power", "global_step"} <= set(names)
-        assert len(library.trainable_variables()) == 4
-        return steps(session, range(FIRST, FIRST + FURTHER))
+    return classifier.train_and_save(library, prefix, DATA, sharded)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +48,7 @@ def test_training_goes_on_in_the_other_library(
 ) -> None:
     prefix = str(tmp_path / "model")
     expected = trained(writer, prefix, is_resource=is_resource, sharded=sharded)
-    assert_same(continued(reader, prefix), expected)
+    assert_same(classifier.go_on(reader, prefix, DATA), expected)
 
 
 @pytest.mark.parametrize("is_resource", [True, False], ids=["resource", "reference"])
@@ -115,4 +72,4 @@ def test_saved_again_by_the_other_library(tmp_path: Path) -> None:
         saver = v1.train.import_meta_graph(first + ".meta")
         saver.restore(session, first)
         saver.save(session, second)
-    assert_same(continued(tf, second), expected)
+    assert_same(classifier.go_on(tf, second, DATA), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,10 @@ from gpusaver.storage.local import LocalStorage
 from gpusaver.tensor import DataType
 
 
+#: Seconds since the epoch, for retention.
+clock = time.time
+
+
 class _Content(NamedTuple):
     """What the native Saver writes into a `.meta` file."""
 
@@ -46,7 +51,7 @@ class _NativeSaver(gpusaver.Saver):
     meta_graph = _Content(b"")
 
     def __init__(self, var_list: Any, saver_def: SaverDef, **options: Any) -> None:
-        super().__init__(var_list, max_to_keep=None, **options)
+        super().__init__(var_list, max_to_keep=None, clock=lambda: clock(), **options)
         hours = saver_def.keep_checkpoint_every_n_hours
         self._retention = Retention(saver_def.max_to_keep, hours, self._clock(), like_tensorflow=True)
 
@@ -451,8 +456,14 @@ def _device(device: str) -> str | None:
 
 
 def _evaluated(sess: BaseSession, global_step: Any) -> Any:
+    """The step as an int; of a name, that of the tensor, as in TensorFlow 1.15."""
+    if isinstance(global_step, str):
+        try:
+            global_step = sess.graph.as_graph_element(global_step, allow_operation=False)
+        except KeyError as error:
+            raise ValueError(f"global_step: {error.args[0]}") from None
     if isinstance(global_step, Tensor) or hasattr(global_step, "as_graph_element"):
         return int(sess.run(global_step))
-    if isinstance(global_step, str | float | np.ndarray):
+    if isinstance(global_step, float | np.ndarray):
         raise TypeError(f"global_step: expected an int, a variable or a tensor, found {global_step!r:.60}")
     return global_step
