@@ -45,7 +45,7 @@ def masked(output: str) -> str:
 
 
 def outcome(directory: Path) -> dict[str, Any]:
-    """File names, the text of the state file, and the checkpoints: names, dtypes, shapes, values that are not random."""
+    """File names, the state file, and of each checkpoint names, dtypes, shapes, and the values that are not random."""
     state = (directory / "checkpoint").read_text().replace(str(directory), "DIRECTORY")
     checkpoints = {}
     for index in sorted(directory.glob("*.index")):

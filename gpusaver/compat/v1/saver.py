@@ -31,7 +31,6 @@ from gpusaver.storage.base import write_bytes
 from gpusaver.storage.local import LocalStorage
 from gpusaver.tensor import DataType
 
-
 #: Seconds since the epoch, for retention.
 clock = time.time
 
