@@ -6,7 +6,8 @@
     step by step             values[output] = kernel(run, operation, *[values[input] ...])
 
 A plan is made once for each set of fetches and feeds.  Where an operation takes the value of a reference to a variable,
-a step that reads it comes right before.  Constants are put in place when the plan is made.
+a step that reads it comes right before.  Constants are put in place when the plan is made; what
+only hands on a value has no step.
 """
 
 from __future__ import annotations
@@ -16,11 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpusaver.compat.v1.convert import HOST_RUN
 from gpusaver.compat.v1.graph import Operation, Tensor
-from gpusaver.compat.v1.ops.state import DEAD
+from gpusaver.compat.v1.ops.state import DEAD, Slot, slot_key
 from gpusaver.errors import Error, InvalidArgumentError, ResourceExhaustedError, UnimplementedError
 
 Kernel = Callable[..., Any]
+
+
+#: What comes out is what went in: values are never written to.
+_PASSED_THROUGH = frozenset({"Identity", "StopGradient", "PreventGradient", "PlaceholderWithDefault"})
+#: Ops on sizes and the like, which are computed when the plan is made if their inputs are constants.
+_PURE = frozenset("Shape Size Rank Range Pack Cast FloorDiv FloorMod Maximum AddV2 Sub Mul InvertPermutation".split())
+_MAX_COMPUTED = 64
 
 
 class Step(NamedTuple):
@@ -53,6 +62,7 @@ class _Planner:
         self.slots: dict[Tensor, int] = {}
         self._to_device = to_device
         self.feeds = {tensor: self._slot(tensor) for tensor in feeds}
+        self._known: set[int] = set()
         self._done: set[Operation] = {tensor.op for tensor in self.feeds if len(tensor.op.outputs) == 1}
 
     def _new(self, value: Any = None) -> int:
@@ -85,28 +95,49 @@ class _Planner:
             stack.extend((other, False) for other in reversed(before) if other not in self._done)
 
     def _add(self, op: Operation) -> None:
-        if op.row is None:
+        row = op.row
+        if row is None:
             raise UnimplementedError(
                 f"The op {op.type!r} of node {op.name!r} is not in gpusaver's table: the graph keeps it, and saves, "
                 "restores and exports go on, but it cannot be run here."
             )
-        if op.type == "Const":
-            self.values[self._slot(op.outputs[0])] = self._constant(op)
-            return
-        args = op.row.input_args(op.attrs)
+        args = row.input_args(op.attrs)
         inputs = tuple(
             self.read(tensor) if tensor.is_ref and not arg.is_ref else self._slot(tensor)
             for tensor, arg in zip(op.inputs, args, strict=True)
         )
-        outputs = tuple(self._slot(tensor) for tensor in op.outputs)
-        single = outputs[0] if len(outputs) == 1 and not op.row.outputs[0].is_list else None
-        self.steps.append(Step(op.row.kernel, op, inputs, single or 0, None if single is not None else outputs))
+        if op.type in _PASSED_THROUGH:
+            self.slots.setdefault(op.outputs[0], inputs[0])
+        elif op.type == "NoOp" or self._is_computed(op, inputs):
+            return
+        else:
+            outputs = tuple(self._slot(tensor) for tensor in op.outputs)
+            single = outputs[0] if len(outputs) == 1 and not row.outputs[0].is_list else None
+            self.steps.append(Step(row.kernel, op, inputs, single or 0, None if single is not None else outputs))
 
-    def _constant(self, op: Operation) -> Any:
-        value = op.attrs["value"]
-        if not isinstance(value, np.ndarray):
-            raise UnimplementedError(f"The value of the constant {op.name!r} cannot be read.")
-        return self._to_device(value)
+    def _is_computed(self, op: Operation, inputs: tuple[int, ...]) -> bool:
+        """Computes what never changes, now: constants, places of variables, and small things that follow from them."""
+        if op.type == "Const":
+            value = op.attrs["value"]
+            if not isinstance(value, np.ndarray):
+                raise UnimplementedError(f"The value of the constant {op.name!r} cannot be read.")
+            result = self._to_device(value)
+        elif op.type in ("VariableV2", "VarHandleOp"):
+            result = Slot(slot_key(op), op)
+        elif inputs and op.type in _PURE and self._known.issuperset(inputs):
+            try:
+                result = op.row.kernel(HOST_RUN, op, *(self.values[slot] for slot in inputs))  # type: ignore[union-attr]
+            except Exception:  # said when it is run
+                return False
+            if result.size > _MAX_COMPUTED:
+                return False
+        else:
+            return False
+        slot = self._slot(op.outputs[0])
+        self.values[slot] = result
+        if op.type == "Const" or op.type in _PURE:
+            self._known.add(slot)
+        return True
 
     def read(self, tensor: Tensor) -> int:
         """A new slot with what the reference ``tensor`` holds at this moment; if it was fed, that."""
@@ -149,12 +180,12 @@ def execute(plan: Plan, run: Any, fed: dict[Tensor, Any]) -> list[Any]:
     values = plan.values.copy()
     for tensor, value in fed.items():
         values[plan.feeds[tensor]] = value
-    step = None
+    step, has_branches = None, plan.has_branches
     try:
         for step in plan.steps:
             kernel, op, inputs, output, outputs = step
             given = [values[slot] for slot in inputs]
-            if plan.has_branches and op.type != "Merge" and any(value is DEAD for value in given):
+            if has_branches and op.type != "Merge" and any(value is DEAD for value in given):
                 result: Any = DEAD if outputs is None else (DEAD,) * len(outputs)
             else:
                 result = kernel(run, op, *given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpusaver.compat.v1.convert import apply, convert_to_tensor
@@ -23,10 +23,9 @@ def gradients(
 ) -> list[Tensor | None]:
     """Of the sum of ``ys`` with respect to each of ``xs``; None where they do not depend on it.
 
-    ``grad_ys``: start values, by default ones.  ``stop_gradients``: tensors taken for constants.
-    ``gate_gradients``: none of an op's gradients is there before all are, so that a variable which one of them still
-    reads is not updated by way of another.  Raises LookupError,
-    naming op and node, for an op without a gradient.
+    ``grad_ys``: start values, by default ones.  ``stop_gradients``: tensors taken for constants.  ``gate_gradients``:
+    none of an op's gradients is there before all are, so that a variable which one of them still reads is not updated
+    by way of another.  Raises LookupError, naming op and node, for an op without a gradient.
     """
     outputs = [convert_to_tensor(y) for y in _listed(ys)]
     targets = [_target(x) for x in _listed(xs)]
@@ -38,8 +37,9 @@ def gradients(
         for y, start in zip(outputs, starts, strict=True):
             gradient = ones_like(y) if start is None else convert_to_tensor(start, y.dtype)
             collected.setdefault(y, []).append(gradient)
-        for op in _backwards(outputs, set(targets), stopped):
-            _step(op, collected, gate=gate_gradients)
+        order, wanted = _backwards(outputs, set(targets), stopped)
+        for op in order:
+            _step(op, collected, wanted, gate=gate_gradients)
         return [_total(collected.get(x)) for x in targets]
 
 
@@ -52,8 +52,10 @@ def _target(x: Any) -> Tensor:
     return found
 
 
-def _backwards(outputs: Sequence[Tensor], targets: set[Tensor], stopped: set[Tensor]) -> list[Operation]:
-    """The operations between targets and outputs, each before those that it depends on."""
+def _backwards(
+    outputs: Sequence[Tensor], targets: set[Tensor], stopped: set[Tensor]
+) -> tuple[list[Operation], Callable[[Tensor], bool]]:
+    """The operations between targets and outputs, each before those that it depends on; which tensors lead there."""
     reaches: dict[Operation, bool] = {}
     order: list[Operation] = []
     stack: list[tuple[Operation, bool]] = [(y.op, False) for y in outputs]
@@ -67,7 +69,7 @@ def _backwards(outputs: Sequence[Tensor], targets: set[Tensor], stopped: set[Ten
             reaches[op] = False  # until its inputs are known
             stack.append((op, True))
             stack.extend((t.op, False) for t in op.inputs if t.op not in reaches and t not in stopped)
-    return order[::-1]
+    return order[::-1], lambda t: t not in stopped and (t in targets or reaches.get(t.op, False))
 
 
 def _total(gradients: list[Tensor] | None) -> Tensor | None:
@@ -76,7 +78,9 @@ def _total(gradients: list[Tensor] | None) -> Tensor | None:
     return gradients[0] if len(gradients) == 1 else apply("AddN", gradients)
 
 
-def _step(op: Operation, collected: dict[Tensor, list[Tensor]], *, gate: bool) -> None:
+def _step(
+    op: Operation, collected: dict[Tensor, list[Tensor]], wanted: Callable[[Tensor], bool], *, gate: bool
+) -> None:
     given = [_total(collected.get(y)) for y in op.outputs]
     if all(gradient is None for gradient in given):
         return
@@ -85,6 +89,7 @@ def _step(op: Operation, collected: dict[Tensor, list[Tensor]], *, gate: bool) -
         raise LookupError(f"No gradient defined for operation '{op.name}' (op type: {op.type})")
     with op.graph.name_scope(f"{op.name}_grad"):
         found = row.gradient(op, *given)
+        found = [g if wanted(tensor) else None for g, tensor in zip(found, op.inputs, strict=True)]
         if gate and sum(gradient is not None for gradient in found) > 1:
             found = tuple_(found)
     for tensor, gradient in zip(op.inputs, found, strict=True):

@@ -53,12 +53,13 @@ def _reduction(name: str, function: str, gradient: Any = None, dtype: str = "T")
     )
 
 
-def _kept(node: Any) -> Any:
-    """The shape of the output with the reduced axes kept, as list or tensor; None: not known before it runs."""
+def _kept(node: Any) -> list[int] | None:
+    """The shape of the output with the reduced axes kept, one unknown size as -1; None: not known before it runs."""
     shape, axes = node.inputs[0].static_shape, _axes(node)
-    if axes is not None and is_known(shape):
-        return [1 if axis in axes else size for axis, size in enumerate(shape)]
-    return None
+    if axes is None or shape is None:
+        return None
+    sizes = [1 if axis in axes else -1 if size is None else size for axis, size in enumerate(shape)]
+    return sizes if sizes.count(-1) < 2 else None
 
 
 def _spread(node: Any, values: Any) -> Any:
@@ -80,13 +81,12 @@ def _sum_gradient(node: Any, g: Any) -> list[Any]:
 
 def _mean_gradient(node: Any, g: Any) -> list[Any]:
     x, y = node.inputs[0], node.outputs[0]
-    spread = _spread(node, g)
     if is_known(x.static_shape) and is_known(y.static_shape):
-        count = max(math.prod(x.static_shape), 1) // max(math.prod(y.static_shape), 1)
-        return [apply("RealDiv", spread, count), None]
-    total = apply("Size", x)
-    each = apply("Maximum", apply("Size", y), 1)
-    return [apply("RealDiv", spread, apply("Cast", apply("FloorDiv", total, each), DstT=x.dtype)), None]
+        count: Any = max(math.prod(x.static_shape), 1) // max(math.prod(y.static_shape), 1)
+    else:
+        each = apply("Maximum", apply("Size", y), 1)
+        count = apply("Cast", apply("FloorDiv", apply("Size", x), each), DstT=x.dtype)
+    return [_spread(node, apply("RealDiv", g, count)), None]
 
 
 def _extreme_gradient(node: Any, g: Any) -> list[Any]:

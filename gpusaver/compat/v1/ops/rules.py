@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpusaver.compat.v1.convert import apply, constant_ints
-from gpusaver.compat.v1.shapes import Shape, broadcast, is_known, merge
+from gpusaver.compat.v1.shapes import Shape, broadcast, merge
 
 
 def is_text(value: Any) -> bool:
@@ -79,21 +79,33 @@ def from_attr(op: Any) -> list[Shape]:
 
 def reduced_to(gradient: Any, tensor: Any, other: Any) -> Any:
     """``gradient`` of an output that ``tensor`` was broadcast into together with ``other``: summed to its shape."""
-    shape, beside = tensor.static_shape, other.static_shape
-    if is_known(shape) and is_known(beside):
-        full = broadcast(shape, beside)
-        assert full is not None
-        if shape == full:
-            return gradient
-        added = len(full) - len(shape)
-        axes = [n for n in range(len(full)) if n < added or (shape[n - added] == 1 and full[n] != 1)]
-        summed = apply("Sum", gradient, axes) if axes else gradient
-        return apply("Reshape", summed, list(shape)) if any(axis >= added for axis in axes) else summed
     if tensor is other:
         return gradient
-    sizes = apply("Shape", tensor)
-    axes = apply("BroadcastGradientArgs", sizes, apply("Shape", other))[0]
-    return apply("Reshape", apply("Sum", gradient, axes), sizes)
+    axes = _repeated_axes(tensor.static_shape, other.static_shape)
+    if axes is None:
+        sizes = apply("Shape", tensor)
+        found = apply("BroadcastGradientArgs", sizes, apply("Shape", other))[0]
+        return apply("Reshape", apply("Sum", gradient, found), sizes)
+    added, stretched = axes
+    if stretched:
+        gradient = apply("Sum", gradient, stretched, keep_dims=True)
+    return apply("Sum", gradient, added) if added else gradient
+
+
+def _repeated_axes(shape: Shape, beside: Shape) -> tuple[list[int], list[int]] | None:
+    """Axes of the output that ``shape`` lacks, and those along which its size 1 was stretched; None: not known yet."""
+    if shape is None or beside is None:
+        return None
+    rank = max(len(shape), len(beside))
+    added = rank - len(shape)
+    padded = (1,) * (rank - len(beside)) + beside
+    stretched = []
+    for axis, size in enumerate(shape, added):
+        if size is None and padded[axis] != 1:
+            return None
+        if size == 1 and padded[axis] != 1:
+            stretched.append(axis)
+    return list(range(added)), stretched
 
 
 def no_gradient(op: Any, *gradients: Any) -> Sequence[None]:

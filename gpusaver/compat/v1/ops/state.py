@@ -172,7 +172,9 @@ def _descend(run: Any, node: Any, slot: Slot, rate: Any, gradient: Any) -> Slot:
 
 def _adam(run: Any, node: Any, variable: Slot, m: Slot, v: Slot, *values: Any) -> Slot:
     """In the order in which TensorFlow's kernel computes it, so that rounding is the same."""
-    beta1_power, beta2_power, rate, beta1, beta2, epsilon, gradient = values
+    # Of rank 0: NumPy computes faster with scalars.
+    beta1_power, beta2_power, rate, beta1, beta2, epsilon = (value[()] for value in values[:-1])
+    gradient = values[-1]
     one = gradient.dtype.type(1)
     alpha = rate * run.xp.sqrt(one - beta2_power) / (one - beta1_power)
     old = m.read(run)
