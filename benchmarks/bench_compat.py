@@ -2,8 +2,8 @@
 
     python benchmarks/bench_compat.py
 
-Prints a table for several widths of the hidden layer, at batch 256: building the graph, the first ``Session.run`` (which
-makes the plan), a later one, and the direct step.
+Prints a table for several widths of the hidden layer, at batch 256: building the graph, the first ``Session.run``
+(which makes the plan), a later one, and the direct step.
 """
 
 from __future__ import annotations
@@ -70,27 +70,33 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def measure(xp: Any, hidden: int) -> tuple[float, float, float, float]:
+def in_session(images: Any, labels: Any, hidden: int) -> tuple[float, float, float]:
+    """Seconds for building the graph, the first run, and a later one."""
+    with tf.Graph().as_default() as graph:
+        built = seconds(lambda: classifier.build(tf, hidden))
+        fetches = [graph.get_operation_by_name("train"), graph.get_tensor_by_name("loss:0")]
+        feed = {graph.get_tensor_by_name("x:0"): images, graph.get_tensor_by_name("y:0"): labels}
+        with tf.Session() as session:
+            session.run(tf.global_variables_initializer())
+            first = seconds(lambda: session.run(fetches, feed))
+            return built, first, statistics.median(seconds(lambda: session.run(fetches, feed)) for _ in range(STEPS))
+
+
+def directly(xp: Any, images: Any, labels: Any, hidden: int) -> float:
+    """Seconds for a step; as in a session the batch comes from the host, and the loss goes back."""
+    state = direct_state(xp, hidden)
+    return statistics.median(
+        seconds(lambda: float(direct_step(xp, state, xp.array(images), xp.array(labels)))) for _ in range(STEPS)
+    )
+
+
+def measure(xp: Any, hidden: int) -> list[float]:
     """Milliseconds: building, first run, later run, direct step; medians of rounds taken in turn."""
     random = np.random.RandomState(1)
     images = random.random_sample((BATCH, 64)).astype(np.float32)
     labels = np.eye(10, dtype=np.float32)[random.randint(0, 10, BATCH)]
-    found: list[tuple[float, ...]] = []
-    for _ in range(ROUNDS):
-        with tf.Graph().as_default() as graph:
-            built = seconds(lambda: classifier.build(tf, hidden))
-            fetches = [graph.get_operation_by_name("train"), graph.get_tensor_by_name("loss:0")]
-            feed = {graph.get_tensor_by_name("x:0"): images, graph.get_tensor_by_name("y:0"): labels}
-            with tf.Session() as session:
-                session.run(tf.global_variables_initializer())
-                first = seconds(lambda: session.run(fetches, feed))
-                later = statistics.median(seconds(lambda: session.run(fetches, feed)) for _ in range(STEPS))
-        state = direct_state(xp, hidden)
-        # As in a session: the batch comes from the host, and the loss goes back.
-        step = lambda: float(direct_step(xp, state, xp.asarray(images), xp.asarray(labels)))  # noqa: B023, E731
-        direct = statistics.median(seconds(step) for _ in range(STEPS))
-        found.append((built, first, later, direct))
-    return tuple(1e3 * statistics.median(column) for column in zip(*found, strict=True))  # type: ignore[return-value]
+    rounds = [(*in_session(images, labels, hidden), directly(xp, images, labels, hidden)) for _ in range(ROUNDS)]
+    return [1e3 * statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 def main() -> None:
