@@ -38,8 +38,17 @@ class CompatScene(Scene):
         self.opened.append(tf.train.Saver(**options))
         return self.opened[-1]
 
+    def saver_from(self, saver_def: Any) -> Any:
+        self.opened.append(tf.train.Saver.from_proto(saver_def))
+        return self.opened[-1]
+
+    def import_with(self, source: Any, **options: Any) -> tuple[Any, list[str]]:
+        with tf.Graph().as_default():
+            saver = tf.train.import_meta_graph(source, **options)
+            return saver, [variable.op.name for variable in tf.global_variables()]
+
     def save_with(self, saver: Any, path: Any, step: Any, **options: Any) -> Any:
-        return saver.save(self._session, path, step, write_meta_graph=False, **options)
+        return saver.save(self._session, path, step, **{"write_meta_graph": False, **options})
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from gpusaver.arguments import make_directory
 from gpusaver.compat.v1.attributes import from_attr
 from gpusaver.compat.v1.graph import Graph, Operation, Tensor, get_default_graph
 from gpusaver.compat.v1.importing import import_nodes
@@ -22,6 +23,7 @@ from gpusaver.protos import MetaGraphDef
 from gpusaver.protos.convert import adopt
 from gpusaver.protos.graph_pb2 import GraphDef
 from gpusaver.protos.meta_graph_pb2 import VariableDef
+from gpusaver.storage.local import LocalStorage
 
 _log = logging.getLogger("gpusaver")
 _UNBOUND = "$unbound_inputs_"
@@ -73,7 +75,9 @@ def export_meta_graph(
     for key in graph.get_all_collection_keys() if collection_list is None else collection_list:
         _export_collection(graph, meta_graph, key, export_scope, scoped if clear_extraneous_savers else None)
     if filename is not None:
-        write_meta_graph(meta_graph, os.fsdecode(filename), as_text=as_text)
+        path = os.fsdecode(filename)
+        make_directory(LocalStorage(), os.path.dirname(path), path)
+        write_meta_graph(meta_graph, path, as_text=as_text)
     return meta_graph
 
 
