@@ -23,14 +23,27 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
+from typing import Any
 
 
 class Error(Exception):
-    """Base of all errors below.  ``message`` is the text, as on ``tf.errors.OpError``."""
+    """Base of all errors below, with what ``tf.errors.OpError`` has.
+
+    ``message``: the text.  ``code``: TensorFlow's number for the class.  ``op``, ``node_def``: the operation that
+    failed and its NodeDef, in :mod:`gpusaver.compat.v1`; else None.
+    """
+
+    code = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+        self.op: Any = None
+        self.node_def: Any = None
+
+    @property
+    def error_code(self) -> int:
+        return self.code
 
     def __str__(self) -> str:
         return self.message
@@ -39,9 +52,13 @@ class Error(Exception):
 class NotFoundError(Error, LookupError):
     """A checkpoint, a file or a tensor does not exist."""
 
+    code = 5
+
 
 class InvalidArgumentError(Error, ValueError):
     """Names, shapes, dtypes or slices do not fit together."""
+
+    code = 3
 
 
 class DataLossError(Error, OSError):
@@ -51,6 +68,8 @@ class DataLossError(Error, OSError):
     found (empty if nothing was touched).
     """
 
+    code = 15
+
     def __init__(self, message: str, *, modified: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.modified = modified
@@ -59,17 +78,25 @@ class DataLossError(Error, OSError):
 class OutOfRangeError(Error, EOFError):
     """A data file is shorter than its index says."""
 
+    code = 11
+
 
 class FailedPreconditionError(Error, RuntimeError):
     """The object is not in a state in which this call makes sense."""
+
+    code = 9
 
 
 class ResourceExhaustedError(Error, OSError):
     """Disk, quota, file descriptors or memory ran out."""
 
+    code = 8
+
 
 class PermissionDeniedError(Error, OSError):
     """The operating system refused access."""
+
+    code = 7
 
 
 class UnknownError(Error, OSError):
@@ -79,13 +106,19 @@ class UnknownError(Error, OSError):
 class UnimplementedError(Error, NotImplementedError):
     """The file holds something that gpusaver recognises but cannot read or write."""
 
+    code = 12
+
 
 class InternalError(Error, RuntimeError):
     """A broken promise inside gpusaver, or inside the program that wrote the file."""
 
+    code = 13
+
 
 class CancelledError(Error, concurrent.futures.CancelledError):
     """The save was cancelled before it was committed."""
+
+    code = 1
 
 
 _BY_ERRNO: dict[int, type[Error]] = {

@@ -375,6 +375,17 @@ def device_count() -> int:
         raise FailedPreconditionError(f"CuPy is installed, but CUDA cannot be used: {error}") from error
 
 
+def is_available() -> bool:
+    """Whether CuPy finds a GPU that it can use; never raises."""
+    return bool(cupy.cuda.is_available())
+
+
+def array_module() -> Any:
+    """CuPy itself.  FailedPreconditionError if it finds no GPU."""
+    device_count()
+    return cupy
+
+
 def _address_of(slot: memoryview) -> int:
     return int(np.frombuffer(slot, np.uint8).ctypes.data)
 

@@ -111,6 +111,7 @@ SAVER_DEFS: list[Row] = [
             tensorflow=("save/Const:0", "save/control_dependency:0", "save/restore_all", 5, 0.0, False),
             gpusaver=("save/Const:0", "save/control_dependency:0", "save/restore_all", 5, 10000.0, False),
             why="None means that none is kept beyond max_to_keep, and 0 would keep all",
+            compat="tensorflow",
         ),
     ),
     row(
@@ -174,7 +175,7 @@ READING: list[Row] = [
         "import of a graph without variables",
         write("x", 'graph_def { node { name: "n" op: "NoOp" } }'),
         import_graph("x").differs(
-            tensorflow=None, gpusaver=Raises("ValueError", "describes no variables"), why=NOTHING
+            tensorflow=None, gpusaver=Raises("ValueError", "describes no variables"), why=NOTHING, compat="tensorflow"
         ),
     ),
     row(12, "import of something else", import_graph(3).gives(Raises("TypeError"))),

@@ -81,7 +81,10 @@ RETENTION: list[Row] = [
         3,
         "negative max_to_keep",
         saver(max_to_keep=-1).differs(
-            tensorflow=None, gpusaver=Raises("ValueError", "max_to_keep"), why="deletes each checkpoint at once"
+            tensorflow=None,
+            gpusaver=Raises("ValueError", "max_to_keep"),
+            why="deletes each checkpoint at once",
+            compat="tensorflow",
         ),
     ),
     *(
@@ -92,6 +95,7 @@ RETENTION: list[Row] = [
                 tensorflow=None,
                 gpusaver=Raises("ValueError", "keep_checkpoint_every_n_hours"),
                 why="switches deletion off without saying so",
+                compat="tensorflow",
             ),
         )
         for hours in (0, -1.0)
@@ -105,6 +109,7 @@ RETENTION: list[Row] = [
             tensorflow=["checkpoint", "k-1", "k-2", "k-3"],
             gpusaver=["checkpoint", "k-3"],
             why="None means that none is kept beyond max_to_keep",
+            compat="tensorflow",
         ),
     ),
     row(
@@ -297,11 +302,20 @@ KNOWN_CHECKPOINTS: list[Row] = [
             tensorflow=["checkpoint", "k-2", "k-3", "k-4", "k-5"],
             gpusaver=["checkpoint", "k-4", "k-5"],
             why="the surplus is deleted down to the limit, not one per save",
+            compat="tensorflow",
         ),
-        last().differs(tensorflow=["d/k-2", "d/k-3", "d/k-4", "d/k-5"], gpusaver=["d/k-4", "d/k-5"], why="the same"),
+        last().differs(
+            tensorflow=["d/k-2", "d/k-3", "d/k-4", "d/k-5"],
+            gpusaver=["d/k-4", "d/k-5"],
+            why="the same",
+            compat="tensorflow",
+        ),
         saves("d/k", [6]),
         on_disk("d").differs(
-            tensorflow=["checkpoint", "k-3", "k-4", "k-5", "k-6"], gpusaver=["checkpoint", "k-5", "k-6"], why="the same"
+            tensorflow=["checkpoint", "k-3", "k-4", "k-5", "k-6"],
+            gpusaver=["checkpoint", "k-5", "k-6"],
+            why="the same",
+            compat="tensorflow",
         ),
     ),
     row(
@@ -355,7 +369,10 @@ KNOWN_CHECKPOINTS: list[Row] = [
         fake("d/k-1"),
         saver(),
         set_last((("d/k-1", 0.0),)).differs(
-            tensorflow=Raises("AssertionError"), gpusaver=None, why="the list is copied, so any iterable serves"
+            tensorflow=Raises("AssertionError"),
+            gpusaver=None,
+            why="the list is copied, so any iterable serves",
+            compat="tensorflow",
         ),
     ),
 ]

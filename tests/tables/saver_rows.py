@@ -40,7 +40,10 @@ NAMING: list[Row] = [
         "array as step",
         saver(),
         save("d/k", np.array(7)).differs(
-            tensorflow=Raises("TypeError"), gpusaver="d/k-7", why="without a session it is what a step variable is"
+            tensorflow=Raises("TypeError"),
+            gpusaver="d/k-7",
+            why="without a session it is what a step variable is",
+            compat="tensorflow",
         ),
         save("d/k", np.array([7])).gives(Raises("TypeError")),
         save("d/k", np.array(7.0)).gives(Raises("TypeError")),
@@ -53,6 +56,7 @@ NAMING: list[Row] = [
             tensorflow=Raises("ValueError"),
             gpusaver=Raises("TypeError", "gpusaver.compat.v1"),
             why="a string there is a call written for sessions: the message says so",
+            compat="tensorflow",
         ),
     ),
     row(
@@ -289,6 +293,7 @@ STATE_FILE: list[Row] = [
             tensorflow=listing("{cwd}/d/k-1", "{cwd}/d/k-1"),
             gpusaver=listing("k-1", "k-1"),
             why="save_relative_paths=True: a directory can be moved",
+            compat="tensorflow",
         ),
     ),
     *(

@@ -42,13 +42,18 @@ class Step:
     tensorflow: Any = ANYTHING
     gpusaver: Any = ANYTHING
     why: str = ""
+    side: str = "gpusaver"
 
     def gives(self, expected: Any) -> Step:
         return replace(self, tensorflow=expected, gpusaver=expected)
 
-    def differs(self, *, tensorflow: Any, gpusaver: Any, why: str) -> Step:
-        """A deliberate difference, with the reason for it."""
-        return replace(self, tensorflow=tensorflow, gpusaver=gpusaver, why=why)
+    def differs(self, *, tensorflow: Any, gpusaver: Any, why: str, compat: str = "gpusaver") -> Step:
+        """A deliberate difference, with the reason for it.  ``compat``: which side the TensorFlow-1 front end takes."""
+        return replace(self, tensorflow=tensorflow, gpusaver=gpusaver, why=why, side=compat)
+
+    @property
+    def compat(self) -> Any:
+        return getattr(self, self.side)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Front ends for programs that were written for something else."""
