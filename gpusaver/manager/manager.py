@@ -253,7 +253,7 @@ class CheckpointManager:
             progress(SaveProgress(prefix, written, total))
 
         request = SaveRequest(
-            None,
+            "meta",
             "blocking" if is_awaited else "auto",
             "wait",
             is_awaited=is_awaited,

@@ -226,7 +226,7 @@ def test_properties_and_files(make: Make, tmp_path: Path, clock: Clock) -> None:
     manager.close()
     assert sorted(os.listdir(directory)) == sorted(
         ["checkpoint", "checkpoint.manager.json"]
-        + [f"ckpt-{step}.{kind}" for step in (2, 4, 5) for kind in ("index", "data-00000-of-00001")]
+        + [f"ckpt-{step}.{kind}" for step in (2, 4, 5) for kind in ("index", "meta", "data-00000-of-00001")]
     )
     state = gpusaver.get_checkpoint_state(directory)
     assert state is not None
