@@ -171,7 +171,7 @@ gpu-session: require-gpu $(READY)  ## the essential part of test-gpu and bench-g
 	@mkdir -p "$(OUT)"
 	@GPUSAVER_REQUIRE_GPU=1 timeout -k 5 240 $(PY) -m pytest tests/gpu --rounds 20 -k 'not racecheck and not synccheck' \
 	    --junitxml "$(OUT)/test-gpu.xml" >"$(OUT)/test-gpu.log" 2>&1; tests=$$?; tail -n 40 "$(OUT)/test-gpu.log"; \
-	OUT="$(OUT)" timeout -k 5 275 $(PY) benchmarks/bench_gpu.py --essential --seconds 200; bench=$$?; \
+	OUT="$(OUT)" timeout -k 5 275 $(PY) benchmarks/bench_gpu.py --essential --seconds 225; bench=$$?; \
 	echo "gpu-session: tests $$tests, benchmark $$bench, in $(OUT)"; [ $$tests = 0 ] && [ $$bench = 0 ]
 
 bench: .venv-bench/.installed $(TF_READY)  ## measure against torch.save, safetensors, np.savez and TensorFlow

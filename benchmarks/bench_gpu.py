@@ -29,8 +29,8 @@ sys.path.insert(0, ROOT)
 from bench import RESULTS, empty, read_into_page_cache, say
 from gpu_ceilings import Sizes, device_ceilings, drop_from_page_cache, file_ceilings
 from gpu_peers import GPU_PEERS, GpuPeer, Pending, peer_of
-from gpu_report import bounds, criteria, plot, print_gpu_tables, ratios, summarize_peers
-from gpu_state import GPU_WORKLOADS, GpuWorkload, State, Steps, Training, stalls, state_of
+from gpu_report import add_expected_stalls, bounds, criteria, plot, print_gpu_tables, ratios, summarize_peers
+from gpu_state import GPU_WORKLOADS, GpuWorkload, State, Steps, Training, stalls
 from null_storage import NullStorage
 from worker import reset_peak, resident, sync_tree
 
@@ -81,8 +81,8 @@ class Bench:
                 say(f"{name}: {reason}")
                 self.results["workloads"][name] = {"title": workload.title, "skipped": reason}
                 continue
-            with state_of(workload) as state:
-                self.run_workload(state)
+            self.run_workload(workload)
+            self.cupy.get_default_memory_pool().free_all_blocks()
         self.write()
         return self.results
 
@@ -92,8 +92,8 @@ class Bench:
             return f"{workload.nbytes} bytes and a copy of them do not fit into {free} bytes of device memory"
         return ""
 
-    def run_workload(self, state: State) -> None:
-        workload = state.workload
+    def run_workload(self, workload: GpuWorkload) -> None:
+        state = State(workload)
         say(f"{workload.title}: {len(workload.shapes)} tensors, {workload.nbytes / 1e6:,.1f} MB")
         training = Training(state, SIDE)
         baseline = training.baseline(BASELINE_STEPS)
@@ -115,7 +115,7 @@ class Bench:
                 if free < 1.2 * workload.nbytes:
                     found["places"][place] = {"skipped": f"{free} bytes are free in {place}"}
                     continue
-                threads = (2, 4) if workload.name == "7b" else (1, 2, 4)
+                threads = (1, 2, 4) if workload.name != "7b" else (2,) if self.options.essential else (2, 4)
                 files[workload.name] = file_ceilings(directory, workload.nbytes, threads)
                 self.run_place(state, training, baseline, directory, found["places"].setdefault(place, {}))
             finally:
@@ -133,7 +133,7 @@ class Bench:
             empty(directory)
             try:
                 with peer_of(name, state, directory) as peer:
-                    versions = peer.versions()
+                    versions, staging = peer.versions(), peer.staging_nbytes
                     check(peer, state)
                     rounds = self.options.rounds or state.workload.rounds
                     samples[name] = []
@@ -149,6 +149,7 @@ class Bench:
                     "versions": versions,
                     "is_ours": GPU_PEERS[name].is_ours,
                     "is_tuned": GPU_PEERS[name].is_tuned,
+                    "staging_nbytes": staging,
                 }
             say(f"  {name}: {found['skipped'].get(name) or brief(samples[name][-1])}")
             self.write()
@@ -165,7 +166,9 @@ class Bench:
     def write(self) -> None:
         for name, workload in self.results["workloads"].items():
             for place, measured in workload.get("places", {}).items():
-                measured["ratios"] = ratios(measured, bounds(self.results, workload, name, place))
+                best = bounds(self.results, workload, name, place)
+                measured["ratios"] = ratios(measured, best)
+                add_expected_stalls(measured, workload["nbytes"], best.get("durable"))
         self.results["criteria"] = criteria(self.results)
         os.makedirs(os.path.dirname(os.path.abspath(self.options.output)), exist_ok=True)
         with open(self.options.output, "w", encoding="utf-8") as file:
@@ -259,6 +262,7 @@ def null_capture(state: State) -> dict[str, float]:
     import gpusaver
 
     with gpusaver.Saver(dict(state.arrays), storage=NullStorage(), staging_bytes=state.nbytes + (32 << 20)) as saver:
+        saver.warmup()
         seconds = []
         for _ in range(3):
             pending = saver.save_async("/null/model.ckpt", capture="deferred", write_state=False)

@@ -38,7 +38,8 @@ class Pending:
 class GpuPeer:
     """``state``: what is saved, into files in ``directory``.
 
-    ``is_tuned``: as the library's documents advise, else at its defaults.  ``is_ours``: gpusaver.
+    ``is_tuned``: as the library's documents advise, else at its defaults.  ``is_ours``: gpusaver.  ``staging_nbytes``:
+    pinned memory that a save which leaves the arrays in place, until the fence, may fill ahead of its writers.
     """
 
     distributions: ClassVar[tuple[str, ...]] = ()
@@ -48,6 +49,7 @@ class GpuPeer:
     def __init__(self, state: State, directory: str) -> None:
         self.state = state
         self.directory = directory
+        self.staging_nbytes: int | None = None
 
     def begin(self) -> Pending:
         """The call, after which training goes on."""
@@ -92,8 +94,10 @@ class Gpusaver(GpuPeer):
         super().__init__(state, directory)
         import gpusaver
 
-        staging = state.nbytes + _RING_NBYTES if self.is_staged else 0
+        staging = state.nbytes + _RING_NBYTES if self.is_staged else _RING_NBYTES
+        self.staging_nbytes = staging if self.capture == "deferred" else None
         self._saver = gpusaver.Saver(dict(state.arrays), staging_bytes=staging)
+        self._saver.warmup(self.path("model.ckpt"))
 
     def begin(self) -> Pending:
         pending = self._saver.save_async(self.path("model.ckpt"), capture=self.capture)  # type: ignore[arg-type]

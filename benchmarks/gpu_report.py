@@ -12,6 +12,7 @@ _MB, _GB = 1e6, 1e9
 _COLUMNS = (
     ("call ms", "call", 1e-3),
     ("stall ms", "stall", 1e-3),
+    ("expected", "expected_stall", 1e-3),
     ("worst step ms", "worst_step", 1e-3),
     ("get p99 ms", "get_p99", 1e-3),
     ("capture s", "capture", 1.0),
@@ -68,6 +69,16 @@ def ratios(place: dict[str, Any], best: dict[str, float]) -> dict[str, dict[str,
             if others and figure in peer["figures"] and min(others) > 0:
                 found[name][f"{figure} to best"] = peer["figures"][figure]["median"] / min(others)
     return found
+
+
+def add_expected_stalls(place: dict[str, Any], nbytes: int, durable: float | None) -> None:
+    """Of deferred saves: what their pinned memory does not hold comes at the writers' speed (``durable``: seconds for
+    all bytes), and one step's worth of it is hidden before the fence."""
+    for peer in place.get("peers", {}).values():
+        staging = peer.get("staging_nbytes")
+        if staging is not None and durable is not None:
+            beyond = max(0, nbytes - staging) / nbytes * durable
+            peer["figures"]["expected_stall"] = {"median": max(0.0, beyond - peer["figures"]["step"]["median"])}
 
 
 # ------------------------------------------------------------------------------------------------------------- criteria

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,16 +175,3 @@ def stalls(baseline: Steps, window: Steps) -> dict[str, float]:
 
 def percentile(values: list[float], percent: int) -> float:
     return float(np.percentile(np.asarray(values), percent))
-
-
-@contextlib.contextmanager
-def state_of(workload: GpuWorkload) -> Iterator[State]:
-    """Gives the memory back at the end."""
-    state = State(workload)
-    try:
-        yield state
-    finally:
-        state.synchronize()
-        pool = state.cupy.get_default_memory_pool()
-        del state
-        pool.free_all_blocks()

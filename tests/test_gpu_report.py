@@ -69,6 +69,19 @@ def test_gpt2(report):
     assert shares["safetensors"]["restore"] == pytest.approx(6.0)
 
 
+def test_the_stall_to_expect_of_a_deferred_save(report):
+    place = {
+        "peers": {
+            "ring": {"staging_nbytes": 100, "figures": {"step": {"median": 0.5}}},
+            "staged": {"staging_nbytes": 2000, "figures": {"step": {"median": 0.5}}},
+            "snapshot": {"staging_nbytes": None, "figures": {"step": {"median": 0.5}}},
+        }
+    }
+    report.add_expected_stalls(place, 1000, 2.0)
+    expected = {name: peer["figures"].get("expected_stall") for name, peer in place["peers"].items()}
+    assert expected == {"ring": {"median": pytest.approx(1.3)}, "staged": {"median": 0.0}, "snapshot": None}
+
+
 def test_small(report):
     peers = {
         "gpusaver snapshot": peer(True, stall=0.01, call=0.02, durable=0.05, restore=0.061),

@@ -127,6 +127,20 @@ def test_save_restore_and_fence_refuse_a_stream_under_capture_and_leave_it_whole
     assert not list(tmp_path.glob("no*"))
 
 
+def test_a_change_before_the_fence_is_found(gpu: Gpu, tmp_path: Path):
+    array = gpu.cupy.zeros(gpu.size(1 << 20), np.float32)
+    with gpusaver.Saver({"w": array}, check_captures=True) as saver:
+        pending = saver.save_async(tmp_path / "good", capture="deferred")
+        pending.fence()
+        plain(array).fill(1)
+        pending.result()
+        pending = saver.save_async(tmp_path / "bad", capture="deferred")
+        plain(array)[5:6].fill(2)
+        with pytest.raises(gpusaver.FailedPreconditionError, match="changed"):
+            pending.fence()
+        pending.exception()
+
+
 def test_a_fence_holds_back_the_stream_that_it_is_given(gpu: Gpu, tmp_path: Path):
     values = host_values(gpu, 3)
     state, expected = device_state(gpu, values), contents(host_state(values))

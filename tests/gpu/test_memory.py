@@ -100,6 +100,19 @@ def device_state_of(gpu: Gpu, values: dict[str, np.ndarray]) -> dict[str, object
     return {name: gpu.upload(value) for name, value in values.items()}
 
 
+def test_after_a_warm_up_saves_and_restores_pin_nothing_more(gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pinned = Pinned(gpu, monkeypatch)
+    state = device_state(gpu, host_values(gpu, 2))
+    with gpusaver.Saver(state) as saver:
+        saver.warmup(tmp_path / "model")
+        before = dict(pinned.regions)
+        assert sum(before.values()) == RING_NBYTES
+        for capture in ("snapshot", "deferred", "blocking"):
+            saver.restore(saver.save_async(tmp_path / "model", capture=capture).result())
+        assert pinned.regions == before
+    assert not pinned.regions
+
+
 def test_pinned_memory_never_exceeds_what_was_allowed(gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pinned = Pinned(gpu, monkeypatch)
     staging = 48 << 20
