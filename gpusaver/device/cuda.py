@@ -143,7 +143,7 @@ class CudaRuntime:
             except ResourceExhaustedError as error:
                 raise ResourceExhaustedError(f"{self.name}: no room for a copy of the variables: {error}") from error
         with self._queueing() as held:
-            held.keep(arrays, image)
+            held.keep(arrays)  # not the image: who frees device memory waits for the device
             for handle in callers:
                 wait_for(self._copies.ptr, record(handle))
             self._fill(image, arrays, places, held)
