@@ -123,6 +123,9 @@ class CudaRuntime:
         self._unmarked: list[Held] = []
         self._loaded: tuple[Kernels | None, str] | None = None
 
+    def owns(self, value: Any) -> bool:
+        return type(value) is cupy.ndarray and value.data.device_id == self.device
+
     def order_after_caller(self) -> None:
         with on_device(self.device):
             for handle in callers_streams(self.device):
