@@ -30,16 +30,18 @@ SECONDS = 1800
 
 def suite_fails(directory: Path, mutation: Mutation | None) -> bool:
     """Runs the suite, up to its first failure, on a copy of the package."""
+    suite = SUITE
     shutil.copytree(PACKAGE, directory / "gpusaver", ignore=shutil.ignore_patterns("__pycache__"))
     if mutation is not None:
         path = directory / "gpusaver" / mutation.file
         source = path.read_text("utf-8")
         assert source.count(mutation.old) == 1, f"{mutation.file} has changed: bring {mutation.name} up to date"
         path.write_text(source.replace(mutation.old, mutation.new), "utf-8")
+        suite = sorted(SUITE, key=lambda file: file.stem != f"test_{EVERYDAY.get(mutation.name)}_sim")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "sim.deadlines", f"--basetemp={directory / 'tmp'}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *options, *map(str, SUITE)],
+        [sys.executable, "-m", "pytest", *options, *map(str, suite)],
         cwd=directory,  # where Python looks for the package first
         env=environment | {"PYTHONPATH": f"{directory}{os.pathsep}{TESTS}"},
         stdout=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from typing import Any
 
@@ -332,3 +333,23 @@ def test_new_arrays_come_after_what_others_did_to_their_memory(sim, tmp_path, sm
     value = gpusaver.load(prefix, device="cuda:0")["w"]
     assert value.data.ptr == pointer
     assert on_host(value) == stored(model)
+
+
+@late
+def test_a_forked_child_calls_nothing(sim, tmp_path, small_chunks, monkeypatch):
+    from gpusaver.device.cuda_memory import DeviceBuffer, PinnedBuffer, Table
+
+    buffers = [PinnedBuffer(8192), DeviceBuffer(4096), Table(4096)]
+    again = [PinnedBuffer(8192), DeviceBuffer(4096), Table(4096)]
+    process = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: process + 1)
+    for buffer in buffers:
+        buffer.free()
+    del buffers, buffer
+    assert (len(sim.host.registered), len(sim.host.allocated)) == (2, 2)
+    monkeypatch.setattr(os, "getpid", lambda: process)
+    for buffer in again:
+        buffer.free()
+        buffer.free()
+    assert (len(sim.host.registered), len(sim.host.allocated)) == (1, 1)
+    assert sim.memory[0].used == 8192
