@@ -192,8 +192,10 @@ fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS eac
 bench-damage: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## damage and kill gpusaver, its peers and Orbax
 	$(BENCH_PY) benchmarks/damage_peers.py
 
-nightly: $(READY)  ## test and test-tf with many more generated examples
+nightly: $(READY)  ## test and test-tf with many more generated examples; all mutants of the CUDA path, its coverage
 	PYTEST_ADDOPTS=--hypothesis-profile=nightly $(MAKE) test test-tf
+	$(PY) -m pytest -n 2 -m mutations tests/test_mutations.py
+	$(PY) tools/cuda_coverage.py
 
 docs: $(READY)   ## build/docs/index.html, warnings being errors
 	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs

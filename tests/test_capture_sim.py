@@ -271,7 +271,8 @@ def test_another_threads_capture_is_not_disturbed(sim, tmp_path, capture):
         with Saver(variables) as saver:
             prefix = saver.save_async(tmp_path / "model", capture=capture).result()
             saver.restore(prefix)
-            return prefix
+        assert getattr(sim.local, "capture_mode", 0) == 0  # as it was
+        return prefix
 
     with stream:
         stream.begin_capture(sim.cupy.cuda.runtime.streamCaptureModeGlobal)
@@ -282,7 +283,6 @@ def test_another_threads_capture_is_not_disturbed(sim, tmp_path, capture):
         graph.launch()
         assert other.get().tolist() == [2] * 4
     assert stored(prefix) == contents(variables) == expected
-    assert getattr(sim.local, "capture_mode", 0) == 0  # as it was
 
 
 @late

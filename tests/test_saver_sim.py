@@ -179,3 +179,39 @@ def test_a_big_endian_device_array_is_refused_by_name(sim):
     array = sim.cupy.zeros(3, np.dtype(">f4"))
     with pytest.raises(TypeError, match=r"layer/w: a big-endian array"):
         Saver({"layer": {"w": array}})
+
+
+@late
+def test_the_plan_of_device_arrays_is_reused(sim, tmp_path, monkeypatch):
+    """Also for new arrays in the place of old ones; what differs in anything, ties included, is planned anew."""
+    import gpusaver.pipeline.plan as plan
+
+    admitted: list[str] = []
+    admit = plan.admit
+    monkeypatch.setattr(plan, "admit", lambda value, name, dtype: admitted.append(name) or admit(value, name, dtype))
+    with sim.cupy.cuda.Device(1):
+        other = on_device(sim, np.arange(6, dtype=np.int64))
+    variables = {"a": on_device(sim, np.arange(5.0)), "host": np.arange(3), "other": other}
+    variables["b"] = variables["a"]
+
+    def saved() -> list[str]:
+        admitted.clear()
+        prefix = saver.save(tmp_path / "model")
+        found = {name: value.tolist() for name, value in gpusaver.load(prefix).items()}
+        assert found == {name: value.tolist() for name, value in variables.items()}
+        return sorted(admitted)
+
+    with Saver(variables) as saver:
+        assert saved() == ["a", "b", "host", "other"]
+        assert saved() == ["b"]  # tied ones are looked at
+        with sim.cupy.cuda.Device(1):
+            variables["other"], variables["host"] = other * 2, variables["host"] + 1
+        assert saved() == ["b"]
+        variables["b"] = on_device(sim, np.arange(5.0) + 7)  # no longer tied
+        assert saved() == ["b", "host", "other"]
+        assert saved() == []
+        variables["other"] = sim.cupy.asarray(variables["other"])  # on another device now
+        variables["a"] = on_device(sim, np.arange(5, dtype=np.float32))
+        assert saved() == ["a", "other"]
+        variables["a"] = on_device(sim, np.arange(6, dtype=np.float32))
+        assert saved() == ["a"]

@@ -201,8 +201,9 @@ def _foreign(value: Any) -> tuple[Any, Callable[[Any], Any] | None]:
 
 def cuda_module() -> ModuleType:
     """:mod:`gpusaver.device.cuda`, once it is needed.  FailedPreconditionError where CuPy is not installed."""
+    module = sys.modules.get("gpusaver.device.cuda")
     try:
-        return importlib.import_module("gpusaver.device.cuda")
+        return module or importlib.import_module("gpusaver.device.cuda")
     except ImportError as error:
         raise FailedPreconditionError(
             f"arrays on a CUDA device need CuPy, which cannot be imported: {error}. Install gpusaver[cuda13], or "

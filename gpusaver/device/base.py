@@ -53,6 +53,9 @@ class Runtime(Protocol):
     #: "cpu:0", or "cuda:0" and so on.
     name: str
 
+    def owns(self, value: Any) -> bool:
+        """Whether it is an array of NumPy's or CuPy's own class that lives here; False says nothing of other kinds."""
+
     def order_after_caller(self) -> None:
         """Later copies see all work that the calling thread has queued so far.  Call it in the caller's thread."""
 

@@ -123,6 +123,9 @@ class CudaRuntime:
         self._unmarked: list[Held] = []
         self._loaded: tuple[Kernels | None, str] | None = None
 
+    def owns(self, value: Any) -> bool:
+        return type(value) is cupy.ndarray and value.data.device_id == self.device
+
     def order_after_caller(self) -> None:
         with on_device(self.device):
             for handle in callers_streams(self.device):
@@ -143,7 +146,7 @@ class CudaRuntime:
             except ResourceExhaustedError as error:
                 raise ResourceExhaustedError(f"{self.name}: no room for a copy of the variables: {error}") from error
         with self._queueing() as held:
-            held.keep(arrays, image)
+            held.keep(arrays)  # not the image: who frees device memory waits for the device
             for handle in callers:
                 wait_for(self._copies.ptr, record(handle))
             self._fill(image, arrays, places, held)

@@ -13,7 +13,8 @@ device's memory is allocated past CuPy's pool, whose arenas belong to the callin
 out-of-memory path frees the user's blocks.
 
 What queued work uses must stay until somebody has waited for that work: :class:`Held` keeps it, and lends buffers from
-a :class:`Pool`, so that no destructor and no traceback decides when memory is free.
+a :class:`Pool`, so that no destructor and no traceback decides when memory is free.  In a forked child, where CUDA
+must not be called, freeing does nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import bisect
 import contextlib
 import ctypes
 import mmap
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
@@ -45,6 +47,7 @@ class PinnedBuffer:
     """See :class:`gpusaver.device.base.HostBuffer`."""
 
     def __init__(self, nbytes: int) -> None:
+        self._process = os.getpid()
         self._memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_DONTFORK"):
             self._memory.madvise(mmap.MADV_DONTFORK)
@@ -60,7 +63,7 @@ class PinnedBuffer:
     def free(self) -> None:
         """Unregisters first: unmapping registered memory leaves the driver with pages that are no longer there."""
         address, self._address = self._address, 0
-        if address:
+        if address and os.getpid() == self._process:
             # A device that has failed for good refuses this as well.
             with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError), on_device(self._device):
                 cupy.cuda.runtime.hostUnregister(address)
@@ -72,6 +75,7 @@ class DeviceBuffer:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.pointer = 0
+        self._process = os.getpid()
         self._device: int = cupy.cuda.runtime.getDevice()
         with _room(f"no room for {nbytes} bytes on the device"):
             self.pointer = cupy.cuda.runtime.malloc(nbytes)
@@ -79,7 +83,7 @@ class DeviceBuffer:
     def free(self) -> None:
         """Idempotent; waits for the device.  Requires: no work uses it any more."""
         pointer, self.pointer = self.pointer, 0
-        if pointer:
+        if pointer and os.getpid() == self._process:
             with on_device(self._device):
                 cupy.cuda.runtime.free(pointer)
 
@@ -93,6 +97,7 @@ class Table:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
+        self._process = os.getpid()
         self._device: int = cupy.cuda.runtime.getDevice()
         self._address = 0
         self.device = DeviceBuffer(nbytes)
@@ -104,7 +109,7 @@ class Table:
     def free(self) -> None:
         """Idempotent.  Requires: no work uses it, and nobody looks at ``host``, any more."""
         address, self._address = self._address, 0
-        if address:
+        if address and os.getpid() == self._process:
             with on_device(self._device):
                 cupy.cuda.runtime.freeHost(address)
         self.device.free()

@@ -26,6 +26,9 @@ class HostRuntime:
 
     name = "cpu:0"
 
+    def owns(self, value: Any) -> bool:
+        return type(value) is np.ndarray
+
     def order_after_caller(self) -> None:
         pass
 

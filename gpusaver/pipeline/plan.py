@@ -14,7 +14,7 @@ from gpusaver.bundle.index import Entry, IndexTemplate
 from gpusaver.bundle.layout import Layout, plan_layout
 from gpusaver.bundle.slices import check_tiling, slice_key
 from gpusaver.bundle.strings import encode_strings
-from gpusaver.device import HOST, Admitted, Runtime, admit
+from gpusaver.device import HOST, Runtime, admit
 from gpusaver.errors import InternalError, InvalidArgumentError
 from gpusaver.pipeline.save import Source
 from gpusaver.tensor import TensorSlice, TensorSpec
@@ -35,7 +35,7 @@ class Item(NamedTuple):
 class _Row(NamedTuple):
     """What the plan depends on, for one leaf.
 
-    ``array_dtype``: of a NumPy array that owns its memory and lies in a dict or list as it is; None for all else.
+    ``array_dtype``: of a NumPy or CuPy array that lies in a dict or list as it is; None for all else.
     """
 
     name: str
@@ -45,6 +45,7 @@ class _Row(NamedTuple):
     nbytes: int
     part: TensorSlice | None
     full_shape: tuple[int, ...] | None
+    runtime: Runtime
     array_dtype: Any
 
 
@@ -107,21 +108,21 @@ def plan_save(leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None) -> 
     numbers: dict[Any, int] = {}
     rows: list[_Row] = []
     own_memory = all(leaf.has_own_memory for leaf in leaves)
-    cached_rows = cached.rows if cached is not None and own_memory and len(cached.rows) == len(leaves) else None
+    cached_rows = cached.rows if cached is not None and len(cached.rows) == len(leaves) else None
     for leaf in leaves:
         value = leaf.value
-        if cached_rows is not None and leaf.key is not None and type(value) is np.ndarray:
+        if cached_rows is not None and leaf.key is not None:
             row, number = cached_rows[len(rows)], len(sources)
-            # None first: to NumPy it equals float64.
-            has_type = row.array_dtype is not None and row.array_dtype == value.dtype
             if (
-                has_type
+                row.array_dtype is not None  # first: to NumPy it equals float64
+                and row.runtime.owns(value)
+                and row.array_dtype == value.dtype
                 and row.spec.shape == value.shape
                 and row.tensor == number
-                and numbers.setdefault(id(value), number) == number
+                and numbers.setdefault(_identity(row.runtime, value, own_memory), number) == number
             ):
                 rows.append(row)
-                sources.append(Source(HOST, value))
+                sources.append(Source(row.runtime, value))
                 continue
         rows.append(_admit(leaf, own_memory, sources, strings, numbers))
     if cached is None or cached.rows != rows:
@@ -140,7 +141,7 @@ def _admit(
         stored, strings[number] = encode_strings(admitted.items)
         array = np.frombuffer(stored, np.uint8)
     else:
-        number = numbers.setdefault(_identity(admitted, own_memory), len(sources))
+        number = numbers.setdefault(_identity(admitted.runtime, array, own_memory), len(sources))
     if number == len(sources):
         sources.append(Source(admitted.runtime, array))
     part = leaf.part
@@ -157,18 +158,18 @@ def _admit(
         array.nbytes,
         part.slice if part is not None else None,
         part.full_shape if part is not None else None,
-        array.dtype if own_memory and leaf.key is not None and array is leaf.value else None,
+        admitted.runtime,
+        array.dtype if leaf.key is not None and array is leaf.value else None,
     )
 
 
-def _identity(admitted: Admitted, own_memory: bool) -> Any:
+def _identity(runtime: Runtime, array: Any, own_memory: bool) -> Any:
     """Equal for arrays that are the same bytes: tied variables are stored once.
 
     NumPy arrays that own their memory are the same bytes only if they are the same object, which is cheaper to see.
     """
-    array = admitted.array
-    if admitted.runtime is not HOST:
-        return (array.data.ptr, array.shape, array.strides, array.dtype, admitted.runtime.name)
+    if runtime is not HOST:
+        return (array.data.ptr, array.shape, array.strides, array.dtype, runtime)
     if own_memory:
         return id(array)
     return (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype)
@@ -183,7 +184,7 @@ def _make_plan(leaves: Sequence[Leaf], rows: list[_Row], sources: Sequence[Sourc
     shards = [0] * len(sources)
     items: list[Item] = []
     parts: dict[bytes, list[tuple[Leaf, TensorSpec]]] = {}
-    for leaf, (name, spec, tensor, device, size, part, full_shape, _) in zip(leaves, rows, strict=True):
+    for leaf, (name, spec, tensor, device, size, part, full_shape, _, _) in zip(leaves, rows, strict=True):
         key = name.encode("utf-8", "surrogateescape")
         nbytes[tensor], shards[tensor] = size, shard_numbers.get(device, 0)
         if part is not None and full_shape is not None and not part.is_whole(full_shape):
