@@ -131,7 +131,7 @@ def _trainable(leaves: Sequence[Leaf]) -> list[bool]:
 
 
 def _graph_device(device: str | None) -> str:
-    """ "cuda:0" as graphs spell it, "/device:GPU:0"."""
+    """As graphs spell it: "/device:GPU:0" for "cuda:0"."""
     if device is None:
         return ""
     kind, _, number = device.partition(":")

@@ -67,7 +67,12 @@ def _make(name: str, key: str, parts: Sequence[GraphVariable], clear_devices: bo
         )
     device = None if clear_devices else _device(first.device)
     trainable = any(part.trainable for part in parts)
-    return Variable(_zeros(name, first.dtype, shape), name, first.dtype, trainable, device)
+    try:
+        return Variable(_zeros(name, first.dtype, shape), name, first.dtype, trainable, device)
+    except Exception as error:
+        if device is not None:
+            error.add_note(f"The graph has {first.name} on {first.device}; clear_devices=True keeps it in host memory.")
+        raise
 
 
 def _zeros(name: str, dtype: DataType, shape: tuple[int, ...]) -> Any:
@@ -80,6 +85,6 @@ def _zeros(name: str, dtype: DataType, shape: tuple[int, ...]) -> Any:
 
 
 def _device(graph_device: str) -> str | None:
-    """ "/device:GPU:0", on whatever machine, as "cuda:0"; None if it names none of these."""
+    """As a Variable spells it: "cuda:0" for "/device:GPU:0", on whatever machine; None if it names none of these."""
     match = _DEVICE.search(graph_device)
     return None if match is None else f"{'cpu' if match[1].lower() == 'cpu' else 'cuda'}:{int(match[2])}"

@@ -324,6 +324,21 @@ def test_shapes_that_no_array_has(shape: tuple[int, ...] | None, text: str) -> N
         assert gpusaver.current_variables() == []
 
 
+def test_a_device_that_is_not_there() -> None:
+    gpusaver.Variable(np.zeros(3), "w", device="cpu:1")
+    with gpusaver.Saver() as saver:
+        meta_graph = saver.export_meta_graph()
+    for node in meta_graph.graph_def.node:
+        node.device = node.device.replace("CPU:1", "GPU:99")
+    with gpusaver.variables():
+        with pytest.raises(Exception, match=r"CuPy|CUDA|device") as caught:
+            gpusaver.import_meta_graph(meta_graph)
+        assert caught.value.__notes__ == [
+            "The graph has w on /device:GPU:99; clear_devices=True keeps it in host memory."
+        ]
+        assert gpusaver.current_variables() == []
+
+
 def test_what_is_no_meta_graph(tmp_path: Path) -> None:
     prefix = gpusaver.save(tmp_path / "k", {"w": np.zeros(3)})
     with pytest.raises(FileNotFoundError, match=r"k does not exist: pass .*k\.meta"):
