@@ -373,6 +373,7 @@ class CheckpointManager:
             return
         make_directory(self._storage, self.directory, self._path(self._name))
         self._ownership = self._storage.lock(filenames.lock_path(self._memory.path))
+        self._memory.sweep()
         self._managed = self._memory.load(self._clock(), last_preserved=self._managed.last_preserved)
 
     def _path(self, name: str) -> str:

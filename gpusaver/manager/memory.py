@@ -17,6 +17,7 @@ directory itself are taken from it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -79,6 +80,14 @@ class Memory:
         }
         data = json.dumps(content, indent=1).encode()
         write_bytes(self._storage, self.path, filenames.temporary_path(self.path, new_token()), data)
+
+    def sweep(self) -> None:
+        """Removes what a manager that was killed has left of it.  Requires: the lock of the file is held."""
+        with contextlib.suppress(Error):  # in nobody's way
+            for name in self._storage.list(self._directory):
+                temporary = filenames.split_temporary(name)
+                if temporary is not None and temporary[0] == os.path.basename(self.path):
+                    self._storage.remove(os.path.join(self._directory, name))
 
     def _read(self) -> dict[str, Any]:
         try:

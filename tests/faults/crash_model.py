@@ -267,6 +267,7 @@ SYNCS: dict[str, Callable[[list[Operation], int], bool]] = {
     "data": _syncs_file(r"\.data-"),
     "index": _syncs_file(r"\.index$"),
     "meta graph": _syncs_file(r"\.meta$"),
+    "manager's memory": _syncs_file(r"\.json$"),
     "state file": _syncs_file(r"checkpoint$"),
     "names of the data files": _syncs_after("rename", r"\.data-"),
     "commit": _syncs_after("rename", r"\.(index|meta)$"),

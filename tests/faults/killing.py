@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from oracle import check_recovery
+from oracle import check_older, check_recovery
 from scenarios import SCENARIOS, Scenario
 from system_calls import Call, Hook, intercepted, octets
 
@@ -113,11 +113,12 @@ def kill_at_calls(directory: Path, scenario: Scenario) -> tuple[int, int]:
         last, code = Child(lambda ack, p=place, h=hook: run_to_last_save(scenario, p, h, ack)).wait()  # type: ignore[misc]
         assert code == -signal.SIGKILL, f"the child ended by itself: {code}"
         check_recovery(place / scenario.folder, last)
+        check_older(scenario, place, last)
         unfinished += is_unfinished(place)
         with scenario.job(place) as job:  # a process that comes after it goes on
             job.save(scenario.versions[-1] + 1)
         assert check_recovery(place / scenario.folder, scenario.versions[-1] + 1)
-        assert not is_unfinished(place)
+        assert not is_unfinished(place), sorted(place.rglob("*.gpusaver-tmp"))
     return len(moments), unfinished
 
 

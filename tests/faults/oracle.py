@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
-from scenarios import state_of, version_of
+from scenarios import Scenario, state_of, version_of
 
 import gpusaver
 from gpusaver.errors import Error
@@ -58,3 +59,15 @@ def check_recovery(directory: Path | str, acknowledged: int | None) -> int | Non
     check_state_file(directory)
     check_meta_files(directory)
     return found
+
+
+def check_older(scenario: Scenario, directory: Path | str, acknowledged: int | None) -> None:
+    """What retention keeps, also beside the next one, is there too."""
+    for version in range(1, (acknowledged or 0) + 1):
+        if scenario.is_kept(version, acknowledged or 0) and scenario.is_kept(version, (acknowledged or 0) + 1):
+            assert version_of(gpusaver.load(scenario.prefix(directory, version))) == version
+    for memory in Path(directory).rglob("*.json"):
+        try:
+            json.loads(memory.read_text())
+        except ValueError as error:
+            raise AssertionError("what the manager remembers is broken") from error

@@ -55,6 +55,7 @@ class Scenario:
     """``versions`` are saved one after the other; all but the last are there before something happens.
 
     ``folder``: below the directory, made by the Saver.  ``is_one_prefix``: every save replaces the one before.
+    ``has_manager``: a CheckpointManager saves, for which version 1 is the best.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Scenario:
     writes_state: bool = True
     direct_io: bool | None = None
     strict: bool = False
+    has_manager: bool = False
 
     def prefix(self, directory: Path | str, version: int) -> str:
         path = os.path.join(directory, self.folder, "k")
@@ -73,7 +75,9 @@ class Scenario:
 
     def is_kept(self, version: int, last: int) -> bool:
         """Whether the version's checkpoint is still there when ``last`` has been saved."""
-        return version == last if self.is_one_prefix else last - self.max_to_keep < version <= last
+        if self.is_one_prefix:
+            return version == last
+        return last - self.max_to_keep < version <= last or (self.has_manager and version == 1)
 
     def job(self, directory: Path | str, *, storage: Storage | None = None) -> Job:
         return Job(self, directory, storage)
@@ -87,7 +91,7 @@ class Scenario:
 
 
 class Job:
-    """One Saver with a state.  A context manager, which closes it."""
+    """One Saver with a state, or a CheckpointManager.  A context manager, which closes it."""
 
     def __init__(self, scenario: Scenario, directory: Path | str, storage: Storage | None) -> None:
         self._scenario = scenario
@@ -107,6 +111,11 @@ class Job:
             strict=scenario.strict,
             storage=storage,
         )
+        self._manager = None
+        if scenario.has_manager:
+            self._manager = gpusaver.CheckpointManager(
+                self.saver, os.path.dirname(self._path), scenario.max_to_keep, checkpoint_name="k", best_to_keep=1
+            )
 
     def fill(self, version: int) -> None:
         fill(self.state, version)
@@ -114,6 +123,8 @@ class Job:
 
     def save(self, version: int) -> str:
         self.fill(version)
+        if self._manager is not None:
+            return self._manager.save(version, metric=float(version))
         step = None if self._scenario.is_one_prefix else version
         return self.saver.save(self._path, step, write_state=self._scenario.writes_state)
 
@@ -126,7 +137,7 @@ class Job:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.saver.close()
+        (self._manager or self.saver).close()
 
 
 SCENARIOS = [
@@ -138,5 +149,6 @@ SCENARIOS = [
     Scenario("sharded_overwrite", (1, 2), is_one_prefix=True, is_sharded=True),
     Scenario("direct_io", (1, 2), direct_io=True, max_to_keep=1),
     Scenario("strict_overwrite", (1, 2), strict=True, is_one_prefix=True),
+    Scenario("manager", (1, 2, 3), max_to_keep=1, has_manager=True),
     Scenario("new_folder", (1, 2), folder="run"),
 ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from crash_model import SYNCS, Content, CrashPoint, Operation, Recorder, materialise, without_sync
-from oracle import check_recovery
+from oracle import check_older, check_recovery
 from scenarios import SCENARIOS, Scenario
 from size import LONG, deadline, sized
 
@@ -41,6 +41,7 @@ class Checker:
         try:
             materialise(content, directory)
             found = check_recovery(directory / scenario.folder, acknowledged)
+            check_older(scenario, directory, acknowledged)
             if len(self._seen) % 10 == 0:
                 self._go_on(scenario, directory, (found or 0) + 10)
         finally:

@@ -39,6 +39,7 @@ SAVES = [
     Scenario("retention", (1, 2, 3), max_to_keep=1),
     Scenario("sharded_overwrite", (1, 2), is_one_prefix=True, is_sharded=True),
     Scenario("direct_io", (1, 2), direct_io=True),
+    Scenario("manager", (1, 2, 3), max_to_keep=1, has_manager=True),
 ]
 
 
@@ -108,7 +109,6 @@ def check_nothing_is_left(threads: int, descriptors: int) -> None:
 def check_failed_save(scenario: Scenario, directory: Path, failing: Failing) -> None:
     """Runs the scenario; during its last save the calls fail."""
     directory.mkdir()
-    threads, descriptors = threading.active_count(), open_descriptors()
     *before, last = scenario.versions
     folder = directory / scenario.folder
     with scenario.job(directory) as job:
@@ -116,6 +116,8 @@ def check_failed_save(scenario: Scenario, directory: Path, failing: Failing) -> 
             job.save(version)
         names = names_in(folder)
         acknowledged = before[-1]
+        join_savers()
+        threads, descriptors = threading.active_count(), open_descriptors()
         with intercepted(directory, failing):
             try:
                 job.save(last)

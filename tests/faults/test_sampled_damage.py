@@ -1,8 +1,8 @@
 """Damage drawn at random in checkpoints too large for all of it: tests/test_damage.py tries every bit of a small one.
 
 The index and the data files carry checksums: there, an error that names the file (and the tensor, if it is its data),
-or bit-exact data.  The state file carries none: there, no crash, no way out of the directory, and what it leads to is
-bit-exactly a committed checkpoint.
+or bit-exact data.  The state file and `.meta` carry none: there, no crash, no way out of the directory, and what is
+restored is bit-exactly a committed checkpoint.
 """
 
 from __future__ import annotations
@@ -223,5 +223,40 @@ def test_damaged_state_files(batch: int, memory_path: Path, count_cases: CountCa
         assert os.path.realpath(latest).startswith(f"{directory}{os.sep}")
         assert version_of(gpusaver.load(latest)) in (1, 2, 3)
         followed += 1
+    assert 0 < followed < STATE_FILES_PER_BATCH
+    count_cases(STATE_FILES_PER_BATCH)
+
+
+def flipped(draw: random.Random, data: bytes) -> bytes:
+    damaged = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_damaged_meta_files(batch: int, memory_path: Path, count_cases: CountCases) -> None:
+    """Variables made from it may lack some, never hold what was not saved under their name."""
+    draw = random.Random(batch)
+    scenario = Scenario("meta", (1,))
+    scenario.run(memory_path)
+    prefix = scenario.prefix(memory_path, 1)
+    stored = exact(gpusaver.load(prefix))
+    path = Path(f"{prefix}.meta")
+    whole = path.read_bytes()
+
+    def restored() -> dict[str, Any]:
+        with gpusaver.variables():
+            gpusaver.import_meta_graph(path).restore(prefix)
+            return exact({variable.name: variable.value for variable in gpusaver.current_variables()})
+
+    assert restored() == stored
+    followed = 0
+    for _ in range(STATE_FILES_PER_BATCH):
+        path.write_bytes(draw.choice([flipped, damaged_text])(draw, whole))
+        found = outcome(restored)
+        if not isinstance(found, Error):
+            assert found.items() <= stored.items()
+            followed += 1
     assert 0 < followed < STATE_FILES_PER_BATCH
     count_cases(STATE_FILES_PER_BATCH)

@@ -497,6 +497,16 @@ def test_a_crash_before_the_deletion(make: Make, tmp_path: Path, monkeypatch: py
 # Two of them
 
 
+def test_what_a_killed_one_has_left_of_its_file_is_removed(make: Make, tmp_path: Path) -> None:
+    """Nobody else may: the manager itself holds the lock of the file."""
+    make().close()
+    left = tmp_path / "run" / f"checkpoint.manager.json.{'0' * 16}.gpusaver-tmp"
+    left.parent.mkdir(exist_ok=True)
+    left.write_bytes(b"{")
+    make().save(1)
+    assert not left.exists()
+
+
 def test_two_managers_of_one_directory(make: Make, tmp_path: Path) -> None:
     first, second = make(), make()
     first.save(1)
