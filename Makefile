@@ -176,6 +176,7 @@ gpu-session: require-gpu $(READY)  ## the essential part of test-gpu and bench-g
 
 bench: .venv-bench/.installed $(TF_READY)  ## measure against torch.save, safetensors, np.savez and TensorFlow
 	$(BENCH_PY) benchmarks/bench.py
+	$(BENCH_PY) benchmarks/bench_compat.py
 
 bench-gpu: require-gpu $(READY)  ## measure on an NVIDIA GPU
 	$(PY) benchmarks/bench_gpu.py

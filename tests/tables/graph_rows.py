@@ -592,6 +592,24 @@ def _(tf: Any) -> Any:
     return initialized(tf, lambda: [tf.get_variable("n", [3])], {"a": "n"})
 
 
+@graph_row(
+    9, "another dtype", Raises("InvalidArgumentError", "expected dtype int32 does not equal original dtype float")
+)
+def _(tf: Any) -> Any:
+    return initialized(tf, lambda: [tf.get_variable("n", [2], tf.int32)], {"a": "n"})
+
+
+@graph_row(9, "a partitioned variable", [[[1.0, 1.0]] * 5])
+def _(tf: Any) -> Any:
+    saved(tf, tf.train.Saver([parts(tf)]))
+    with tf.Graph().as_default():
+        with tf.variable_scope("other", partitioner=tf.fixed_size_partitioner(2)):
+            whole = tf.get_variable("q", [5, 2])
+        tf.train.init_from_checkpoint(os.path.abspath("k"), {"scope/p": "other/q"})
+        with session_of(tf) as session:
+            return [session.run(tf.convert_to_tensor(whole)).tolist()]
+
+
 @graph_row(9, "no such checkpoint", Raises("NotFoundError"))
 def _(tf: Any) -> Any:
     tf.get_variable("n", [2])

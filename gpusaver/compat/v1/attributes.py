@@ -45,6 +45,11 @@ def _plain(kind: str, value: Any) -> Any:
     return value
 
 
+def to_shape(shape: Any) -> tuple[int, ...] | None:
+    """As messages have it: -1 for an unknown size."""
+    return None if shape is None else tuple(-1 if size is None else size for size in shape)
+
+
 def to_node(op: Any, inputs: list[str]) -> NodeDef:
     """The NodeDef of an operation: as it was imported, or from its attributes."""
     if op.imported is not None:
@@ -62,5 +67,5 @@ def _encoded(value: Any, dtype: Any) -> AttrValue:
     if isinstance(value, np.ndarray):
         value = tensor_proto(value, dtype)
     elif isinstance(value, tuple):
-        value = tuple(-1 if size is None else size for size in value)
+        value = to_shape(value)
     return as_attr(value)

@@ -191,7 +191,7 @@ def execute(plan: Plan, run: Any, fed: dict[Tensor, Any]) -> list[Any]:
                 result = kernel(run, op, *given)
             if outputs is None:
                 values[output] = result
-            else:
+            elif outputs:
                 for slot, value in zip(outputs, result, strict=True):
                     values[slot] = value
     except Exception as error:

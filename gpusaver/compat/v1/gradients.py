@@ -88,7 +88,10 @@ def _step(
     if row is None or row.gradient is None:
         raise LookupError(f"No gradient defined for operation '{op.name}' (op type: {op.type})")
     with op.graph.name_scope(f"{op.name}_grad"):
-        found = row.gradient(op, *given)
+        try:
+            found = row.gradient(op, *given)
+        except LookupError as error:
+            raise LookupError(f"{error} (operation '{op.name}', op type: {op.type})") from error
         found = [g if wanted(tensor) else None for g, tensor in zip(found, op.inputs, strict=True)]
         if gate and sum(gradient is not None for gradient in found) > 1:
             found = tuple_(found)

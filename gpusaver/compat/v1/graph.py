@@ -9,19 +9,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gpusaver.compat.v1.attributes import from_attr, to_node
+from gpusaver.compat.v1.attributes import from_attr, to_node, to_shape
 from gpusaver.compat.v1.dtypes import DType, as_dtype
 from gpusaver.compat.v1.operators import Operators
 from gpusaver.compat.v1.shapes import Shape, TensorShape, as_shape, merge
 from gpusaver.compat.v1.table import REQUIRED, TABLE, OpRow
+from gpusaver.metagraph.nodes import as_attr
 from gpusaver.protos.graph_pb2 import GraphDef, NodeDef
 from gpusaver.tensor import DataType
 
 _NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 _SCOPE = re.compile(r"[A-Za-z0-9_.\\/>-]*")
 _DEVICE = re.compile(r"/?(?:device:)?(cpu|gpu)(?::(\d+))?", re.IGNORECASE)
-
-Name = str
 
 
 class Tensor(Operators):
@@ -161,7 +160,7 @@ class Graph:
     def add(self, type: str, inputs: Sequence[Tensor], attrs: dict[str, Any], name: str | None = None) -> Operation:
         """Adds an operation of a known type; ``inputs`` flat.  TypeError or ValueError if they do not fit."""
         row = TABLE[type]
-        self._check_open()
+        self.check_open()
         for tensor in inputs:
             if tensor.graph is not self:
                 raise ValueError(f"{tensor!r} must be from the same graph as the operation {name or type}.")
@@ -179,11 +178,12 @@ class Graph:
 
     def adopt(self, op: Operation) -> None:
         """Takes in an operation made elsewhere (an import).  Requires: its name is free."""
-        self._check_open()
+        self.check_open()
         self._names.setdefault(op.name, 1)
         self._operations[op.name] = op
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """RuntimeError if the graph is finalized."""
         if self._finalized:
             raise RuntimeError("Graph is finalized and cannot be modified.")
 
@@ -320,6 +320,10 @@ class Graph:
             raise ValueError(f"The name {name!r} refers to an Operation, not a Tensor; its first output is '{name}:0'.")
         return op
 
+    def find(self, name: str) -> Operation | None:
+        """The operation of this name, if there is one."""
+        return self._operations.get(name)
+
     def _operation(self, base: str, name: str) -> Operation:
         op = self._operations.get(base)
         if op is None:
@@ -361,13 +365,21 @@ class Graph:
     # -- out
 
     def as_graph_def(self, from_version: int | None = None, add_shapes: bool = False) -> GraphDef:
-        """The graph as TensorFlow's GraphDef, operations in order of creation."""
+        """The graph as TensorFlow's GraphDef, operations in order of creation.
+
+        ``add_shapes``: with the static shapes of their outputs.
+        """
         graph_def = GraphDef()
         if self.imported is not None:
             graph_def.CopyFrom(self.imported.graph_def)
         else:
             graph_def.versions.producer = PRODUCER
-        graph_def.node.extend(op.node_def for op in list(self._operations.values())[from_version or 0 :])
+        for op in list(self._operations.values())[from_version or 0 :]:
+            node = op.node_def
+            if add_shapes:
+                shapes = [to_shape(tensor.static_shape) for tensor in op.outputs]
+                node.attr["_output_shapes"].CopyFrom(as_attr(shapes))
+            graph_def.node.append(node)
         return graph_def
 
 

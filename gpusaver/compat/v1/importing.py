@@ -33,7 +33,7 @@ def import_nodes(
         name = prefix + node.name
         if not is_node_name(name):
             raise ValueError(f"Node {node.name!r}: not a valid node name")
-        if node.name in made or name in graph._operations:
+        if node.name in made or graph.find(name) is not None:
             raise ValueError(f"Node name '{name}' already exists in the Graph")
         device = "" if clear_devices else node.device
         made[node.name] = Operation(graph, name, node.op, decoded_attrs(node), device, imported=node)
@@ -43,7 +43,7 @@ def import_nodes(
         _link(graph, op, node, made, input_map or {})
         _set_outputs(op)
     for node in nodes:
-        _finish_loops(graph, made[node.name], node, made)
+        _finish_loops(made[node.name], node, made)
         graph.adopt(made[node.name])
     return made
 
@@ -84,7 +84,7 @@ def _link(
         if mapped is not None:
             op.inputs.append(mapped)
             continue
-        source = made.get(node_of(reference)) or graph._operations.get(node_of(reference))
+        source = made.get(node_of(reference)) or graph.find(node_of(reference))
         if source is None:
             raise ValueError(f"Node '{node.name}': Unknown input node '{reference}'")
         if reference.startswith("^"):
@@ -101,7 +101,7 @@ def _link(
                 ) from None
 
 
-def _finish_loops(graph: Graph, op: Operation, node: NodeDef, made: Mapping[str, Operation]) -> None:
+def _finish_loops(op: Operation, node: NodeDef, made: Mapping[str, Operation]) -> None:
     """The inputs of a Merge that come round, now that they are there."""
     for place, reference in enumerate(node.input):
         source = made.get(node_of(reference))

@@ -139,7 +139,7 @@ class Saver:
         nodes, saver_def = saver_nodes(
             self._saveables, scope=scope, sharded=self._sharded, reshape=self._reshape, filename=self._filename
         )
-        self._graph._check_open()
+        self._graph.check_open()
         import_nodes(self._graph, nodes)
         saver_def.max_to_keep = self._retention[0] or 0
         saver_def.keep_checkpoint_every_n_hours = self._retention[1] or 0

@@ -21,7 +21,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gpusaver.compat.v1.shapes import Shape
@@ -71,8 +71,6 @@ class OpRow:
     shape: ShapeRule
     kernel: Kernel
     gradient: Gradient | None = None
-    #: Inputs by number that need no value computed: only their shape counts, or nothing does.
-    is_differentiable: bool = field(default=True)
 
     def input_args(self, attrs: dict[str, Any]) -> list[Arg]:
         """The argument behind each single input tensor."""
@@ -108,7 +106,6 @@ def op(
         shape,
         kernel,
         gradient,
-        gradient is not None,
     )
 
 

@@ -83,8 +83,19 @@ def _entropy(run: Any, node: Any, logits: Any, labels: Any) -> tuple[Any, Any]:
     return loss, exponents / total - labels
 
 
+def _refuse_second(of_backprop: Any) -> None:
+    """The second output is the gradient of the first; its own gradient is not there."""
+    if of_backprop is not None:
+        raise LookupError("the second derivative of a cross-entropy is not there")
+
+
+def _sparse_gradient(node: Any, g: Any, of_backprop: Any) -> list[Any]:
+    _refuse_second(of_backprop)
+    return [apply("Mul", apply("ExpandDims", g, -1), node.outputs[1]), None]
+
+
 def _entropy_gradient(node: Any, g: Any, of_backprop: Any) -> list[Any]:
-    """``of_backprop``, a gradient of the gradient, is not there, as it is nowhere used."""
+    _refuse_second(of_backprop)
     logits, _ = node.inputs
     column = apply("ExpandDims", g, -1)
     log = apply("LogSoftmax", logits)
@@ -123,7 +134,7 @@ op(
     "T:type Tlabels:type=int64",
     shape=_sparse_shape,
     kernel=_sparse_entropy,
-    gradient=lambda node, g, _: [apply("Mul", apply("ExpandDims", g, -1), node.outputs[1]), None],
+    gradient=_sparse_gradient,
 )
 
 

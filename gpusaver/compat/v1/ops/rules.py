@@ -45,10 +45,6 @@ def nothing(op: Any) -> list[Shape]:
     return []
 
 
-def vector(op: Any) -> list[Shape]:
-    return [(None,)]
-
-
 def from_shape_input(number: int) -> Callable[[Any], list[Shape]]:
     """The shape that an input holds, if it is constant."""
 

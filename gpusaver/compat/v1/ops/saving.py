@@ -12,6 +12,7 @@ from gpusaver.bundle.index import BundleIndex, encode_index
 from gpusaver.bundle.merge import merge_indexes
 from gpusaver.compat.v1.ops.rules import is_text, nothing, scalar
 from gpusaver.compat.v1.table import op
+from gpusaver.errors import InvalidArgumentError
 from gpusaver.reader import CheckpointReader
 from gpusaver.saver import save
 from gpusaver.storage.base import read_bytes, write_bytes
@@ -55,12 +56,24 @@ def _save(run: Any, node: Any, prefix: Any, names: Any, specs: Any, *tensors: An
 
 def _restore(run: Any, node: Any, prefix: Any, names: Any, specs: Any) -> tuple[Any, ...]:
     reader = CheckpointReader(text(prefix))
-    values = reader.get_tensors(list(dict.fromkeys(texts(names))))
+    wanted = list(zip(texts(names), texts(specs), node.attrs["dtypes"], strict=True))
+    values = reader.get_tensors(list(dict.fromkeys(name for name, _, _ in wanted)))
+    stored = reader.get_variable_to_dtype_map()
     found = []
-    for name, spec in zip(texts(names), texts(specs), strict=True):
-        parsed, value = parse_spec(spec), values[name]
+    for name, spec, dtype in wanted:
+        value, parsed = values[name], parse_spec(spec)
+        if stored.get(name, dtype) != dtype:
+            raise InvalidArgumentError(
+                f"tensor_name = {name}; expected dtype {dtype.name} does not equal original dtype {stored[name].name}"
+            )
         if parsed is not None:
-            value = value[parsed[1].index(value.shape)]
+            full_shape, part = parsed
+            if full_shape != value.shape:
+                raise InvalidArgumentError(
+                    f"tensor_name = {name}; shape in shape_and_slice spec {list(full_shape)} does not match the shape "
+                    f"stored in checkpoint: {list(value.shape)}"
+                )
+            value = value[part.index(full_shape)]
         is_string = isinstance(value, bytes) or is_text(value)
         found.append(np.asarray(value, object) if is_string else run.xp.asarray(value))
     return tuple(found)
