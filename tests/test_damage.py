@@ -67,7 +67,7 @@ class Checkpoint:
             for name in ON_SECOND_SHARD:
                 state[name] = gpusaver.Variable(state[name], name, device="cpu:1")
             state["table"] = parts_of(state["table"])
-            gpusaver.Saver(state, sharded=True).save(self.prefix, write_state=False)
+            gpusaver.Saver(state, sharded=True).save(self.prefix, write_state=False, write_meta_graph=False)
         self.files = {name: (directory / name).read_bytes() for name in os.listdir(directory)}
         assert set(self.files) == {INDEX, *DATA}
         self.values = exact(gpusaver.load(self.prefix))
