@@ -23,7 +23,7 @@ def counts(outputs: Iterable[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for output in outputs:
         for number, test in _COUNT.findall(Path(output).read_text()):
-            found[test] = int(number.replace(",", ""))
+            found[test] = found.get(test, 0) + int(number.replace(",", ""))  # a run may come in parts
     return found
 
 
