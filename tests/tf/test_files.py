@@ -86,7 +86,7 @@ def test_a_checkpoint_that_is_overwritten(tmp_path: Path) -> None:
     prefix = tmp_path / "model"
     for number in range(4):
         state = {"a": np.full((5, 7), number, np.float32), "b": np.array([number], np.int64)}
-        gpusaver.save(prefix, state)
+        gpusaver.save(prefix, state, write_meta_graph=False)
         shards = 1 + number % 2
         names = [f"model.data-{shard:05d}-of-{shards:05d}" for shard in range(shards)]
         assert sorted(os.listdir(tmp_path)) == [*names, "model.index"]
