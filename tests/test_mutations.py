@@ -55,6 +55,7 @@ def suite_fails(directory: Path, mutation: Mutation | None) -> bool:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    print(output[-2000:])
     assert process.returncode in (0, 1), output
     return process.returncode == 1
 
