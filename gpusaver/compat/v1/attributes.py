@@ -16,6 +16,7 @@ from gpusaver.errors import Error
 from gpusaver.metagraph.nodes import as_attr, node
 from gpusaver.metagraph.tensors import shape_tuple, tensor_array, tensor_proto
 from gpusaver.protos.graph_pb2 import AttrValue, NodeDef
+from gpusaver.protos.types_pb2 import TensorProto
 from gpusaver.tensor import DataType
 
 _NUMBERS = frozenset(map(int, DataType))
@@ -43,6 +44,20 @@ def _plain(kind: str, value: Any) -> Any:
         except Error:  # said when it is run
             return value
     return value
+
+
+def is_of_kind(value: Any, kind: str) -> bool:
+    """Whether a decoded attribute is what a row of the table says; see :mod:`gpusaver.compat.v1.table`."""
+    if kind.startswith("list("):
+        return isinstance(value, list) and all(is_of_kind(item, kind[len("list(") : -1]) for item in value)
+    if kind == "shape":
+        return value is None or isinstance(value, tuple)
+    if isinstance(value, DataType) or kind == "type":
+        return isinstance(value, DataType) and kind == "type"
+    if isinstance(value, bool) or kind == "bool":
+        return isinstance(value, bool) and kind == "bool"
+    kinds: dict[str, Any] = {"int": int, "float": float, "string": (bytes, str), "tensor": (np.ndarray, TensorProto)}
+    return isinstance(value, kinds[kind])
 
 
 def to_shape(shape: Any) -> tuple[int, ...] | None:

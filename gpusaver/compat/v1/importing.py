@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gpusaver.compat.v1.attributes import is_of_kind
 from gpusaver.compat.v1.graph import Graph, Operation, Tensor, decoded_attrs, get_default_graph, infer
 from gpusaver.compat.v1.shapes import merge
-from gpusaver.compat.v1.table import REQUIRED
+from gpusaver.compat.v1.table import REQUIRED, OpRow
 from gpusaver.metagraph.nodes import is_node_name, node_of, output_of
 from gpusaver.protos.convert import adopt
 from gpusaver.protos.graph_pb2 import GraphDef, NodeDef
 from gpusaver.tensor import DataType
+
+#: That one operation may take or give: what is more is damage, and would take memory.
+_MAX_TENSORS = 1 << 16
 
 
 def import_nodes(
@@ -115,22 +119,15 @@ def _set_outputs(op: Operation) -> None:
     if row is None:
         _known_outputs(op)
         return
-    for name, (_, default) in row.attrs.items():
-        if name not in op.attrs:
-            if default is REQUIRED:
-                raise ValueError(f"Node '{op.name}': NodeDef missing attr '{name}' from Op<name={op.type}>")
-            op.attrs[name] = default
-    try:
-        expected = len(row.input_args(op.attrs))
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"Node '{op.name}': attributes that do not fit the op {op.type}: {error}") from error
+    _check_attrs(op, row)
+    expected = len(row.input_args(op.attrs))
     loops = sum(reference.startswith("^") for reference in op.imported.input) if op.imported is not None else 0
     given = len(op.imported.input) - loops if op.imported is not None else len(op.inputs)
     if given != expected:
         raise ValueError(f"Node '{op.name}': {given} inputs specified, the op {op.type} takes {expected}")
     try:
         infer(op)
-    except (ValueError, LookupError, TypeError, AttributeError):  # stricter here than there: said when it is run
+    except Exception:  # whatever is wrong with it is said when it is run
         outputs = row.output_dtypes(op.attrs)
         op.outputs = [Tensor(op, number, dtype, ref, None) for number, (dtype, ref) in enumerate(outputs)]
     shapes = op.attrs.get("_output_shapes")
@@ -140,6 +137,23 @@ def _set_outputs(op: Operation) -> None:
                 tensor.static_shape = merge(tensor.static_shape, shape)
             except ValueError:
                 continue
+
+
+def _check_attrs(op: Operation, row: OpRow) -> None:
+    """ValueError for attributes that are missing or of another kind."""
+    for name, (kind, default) in row.attrs.items():
+        if name not in op.attrs:
+            if default is REQUIRED:
+                raise ValueError(f"Node '{op.name}': NodeDef missing attr '{name}' from Op<name={op.type}>")
+            op.attrs[name] = default
+        elif not is_of_kind(op.attrs[name], kind):
+            raise ValueError(
+                f"Node '{op.name}': attr '{name}' of the op {op.type} is {op.attrs[name]!r:.60}, not a {kind}"
+            )
+    for arg in (*row.inputs, *row.outputs):
+        count = op.attrs[arg.number_attr] if arg.number_attr is not None else 0
+        if not 0 <= count <= _MAX_TENSORS:
+            raise ValueError(f"Node '{op.name}': attr '{arg.number_attr}' is {count}, more tensors than there can be")
 
 
 def _known_outputs(op: Operation) -> None:

@@ -140,6 +140,8 @@ class Variable(Operators):
         prefix = f"{import_scope}/" if import_scope else ""
         self._variable_def = variable_def
         self._handle = self.graph.get_tensor_by_name(prefix + variable_def.variable_name)
+        if not {"dtype", "shape"} <= set(self.op.attrs):
+            raise ValueError(f"{self.name} is no variable, but an operation {self.op.type}")
         found = self.graph.as_graph_element(prefix + variable_def.initializer_name)
         self.initializer = found.op if isinstance(found, Tensor) else found
         self._snapshot = self.graph.get_tensor_by_name(prefix + variable_def.snapshot_name)
