@@ -7,6 +7,7 @@ tensor, and an index of which every bit is flipped too.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from damage_tools import exact, is_refused, outcome
 import gpusaver
 from gpusaver import DataLossError, Error, InvalidArgumentError, NotFoundError, OutOfRangeError, PartitionedVariable
 from gpusaver.bundle.index import BundleIndex
+
+CountCases = Callable[[int], None]
 
 INDEX = "model.index"
 DATA = ("model.data-00000-of-00002", "model.data-00001-of-00002")
@@ -121,7 +124,7 @@ def test_undamaged(checkpoint: Checkpoint) -> None:
         assert checkpoint.restore(verify) == checkpoint.values
 
 
-def test_every_flipped_bit_of_the_index(checkpoint: Checkpoint) -> None:
+def test_every_flipped_bit_of_the_index(checkpoint: Checkpoint, count_cases: CountCases) -> None:
     path, original = checkpoint.path(INDEX), checkpoint.files[INDEX]
     harmless = 0
     with open(path, "r+b", buffering=0) as file:
@@ -134,10 +137,11 @@ def test_every_flipped_bit_of_the_index(checkpoint: Checkpoint) -> None:
             os.pwrite(file.fileno(), original[at : at + 1], at)
     # The footer's padding and the metaindex block, which is empty, say nothing.
     assert 0 < harmless < 8 * 64
+    count_cases(8 * len(original))
 
 
 @pytest.mark.parametrize("shard", [0, 1])
-def test_every_flipped_bit_of_every_tensor(checkpoint: Checkpoint, shard: int) -> None:
+def test_every_flipped_bit_of_every_tensor(checkpoint: Checkpoint, shard: int, count_cases: CountCases) -> None:
     path, original = checkpoint.path(DATA[shard]), checkpoint.files[DATA[shard]]
     owners = checkpoint.tensors_by_byte(shard)
     assert len(owners) == len(original), "every byte of a small data file belongs to a tensor"
@@ -150,10 +154,11 @@ def test_every_flipped_bit_of_every_tensor(checkpoint: Checkpoint, shard: int) -
             if bit % 8 == 0:
                 assert is_refused(lambda: checkpoint.restore("before"), checkpoint.values, str(path), owners[at])
             os.pwrite(file.fileno(), original[at : at + 1], at)
+    count_cases(8 * len(original))
 
 
 @pytest.mark.parametrize("name", [INDEX, *DATA])
-def test_every_truncation(checkpoint: Checkpoint, name: str) -> None:
+def test_every_truncation(checkpoint: Checkpoint, name: str, count_cases: CountCases) -> None:
     path, original = checkpoint.path(name), checkpoint.files[name]
     try:
         for nbytes in reversed(range(len(original))):
@@ -162,6 +167,7 @@ def test_every_truncation(checkpoint: Checkpoint, name: str) -> None:
                 assert is_refused(read, checkpoint.values, str(path))
     finally:
         path.write_bytes(original)
+    count_cases(len(original))
 
 
 @pytest.mark.parametrize("name", [INDEX, *DATA])
