@@ -186,6 +186,24 @@ def test_waiting_for_all_leaves_alone_what_is_being_queued(sim, small_chunks, mo
 # ------------------------------------------------------------------------------------------------ events and failures
 
 
+@every_schedule
+@pytest.mark.parametrize("named", [False, True])
+def test_a_stream_is_held_back(sim, small_chunks, named):
+    """It would change the array at once."""
+    runtime, slot, array = runtime_of(), Slot(sim), on_device(sim, np.full(4000, 3, np.uint8))
+    stream = sim.cupy.cuda.Stream(non_blocking=True)
+    sim.set_speed(stream.ptr, 1.0)
+    runtime.order_after_caller()
+    event = runtime.to_slot([Transfer(array, 0, 0, 4000)], slot.view)
+    with stream:
+        event.hold_back(stream if named else None)
+        array.fill(9)
+    event.synchronize()
+    assert set(slot.view[:4000]) == {3}
+    slot.free()
+    stream.synchronize()
+
+
 @late
 @pytest.mark.parametrize("checked", [False, True])
 def test_an_event_waits_for_its_copy(sim, small_chunks, checked):
