@@ -307,6 +307,28 @@ class FullStorage(LocalStorage):
         raise ResourceExhaustedError("full")
 
 
+class BrokenStorage(LocalStorage):
+    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
+        file = super().create(path, nbytes, direct=direct)
+        file.write_at = fail_to_write  # type: ignore[method-assign]
+        return file
+
+
+def fail_to_write(offset: int, buffers: Any) -> None:
+    raise ResourceExhaustedError("full")
+
+
+@every_schedule
+@pytest.mark.parametrize("capture", ["snapshot", "deferred"])
+def test_no_copy_is_in_flight_when_writing_has_failed(sim, tmp_path, small_chunks, capture):
+    with Saver(state(sim, 60), storage=BrokenStorage(), staging_bytes=1 << 20) as saver:
+        for number in range(3):
+            pending = saver.save_async(tmp_path / f"model{number}", capture=capture)
+            assert isinstance(pending.exception(), ResourceExhaustedError)
+            assert "copy D2H" not in sim.pending()
+    sim.assert_quiescent()
+
+
 @every_schedule
 def test_a_snapshot_that_is_never_written(sim, tmp_path, small_chunks):
     variables = state(sim)
