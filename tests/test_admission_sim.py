@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.metadata
 import subprocess
 import sys
 import types
@@ -341,6 +342,19 @@ def test_cupy_without_a_driver(sim, tmp_path):
     with Saver({"w": np.zeros(4, np.int64)}) as saver:
         saver.restore(prefix)
         saver.warmup(tmp_path / "model")
+
+
+@late
+def test_two_wheels_of_cupy_are_warned_about(sim, monkeypatch, caplog):
+    def version(name: str) -> str:
+        if name not in ("cupy-cuda12x", "cupy-cuda13x"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "14.2.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    import gpusaver.device.cuda  # noqa: F401
+
+    assert "(cupy-cuda12x 14.2.0 and cupy-cuda13x 14.2.0): uninstall all of them, then install one" in caplog.text
 
 
 def test_no_cupy(tmp_path, monkeypatch):

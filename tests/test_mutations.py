@@ -65,7 +65,7 @@ def marked(mutation: Mutation) -> object:
     return pytest.param(mutation, id=mutation.name, marks=marks)
 
 
-@pytest.mark.parametrize("mutation", map(marked, MUTATIONS))
+@pytest.mark.parametrize("mutation", [marked(mutation) for mutation in MUTATIONS])
 def test_a_mutant_is_noticed(tmp_path: Path, mutation: Mutation) -> None:
     need_compiler()
     assert suite_fails(tmp_path, mutation), f"nothing fails without {mutation.name}: {mutation.old!r}"

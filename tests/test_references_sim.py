@@ -186,6 +186,24 @@ def test_waiting_for_all_leaves_alone_what_is_being_queued(sim, small_chunks, mo
 # ------------------------------------------------------------------------------------------------ events and failures
 
 
+@every_schedule
+@pytest.mark.parametrize("named", [False, True])
+def test_a_stream_is_held_back(sim, small_chunks, named):
+    """It would change the array at once."""
+    runtime, slot, array = runtime_of(), Slot(sim), on_device(sim, np.full(4000, 3, np.uint8))
+    stream = sim.cupy.cuda.Stream(non_blocking=True)
+    sim.set_speed(stream.ptr, 1.0)
+    runtime.order_after_caller()
+    event = runtime.to_slot([Transfer(array, 0, 0, 4000)], slot.view)
+    with stream:
+        event.hold_back(stream if named else None)
+        array.fill(9)
+    event.synchronize()
+    assert set(slot.view[:4000]) == {3}
+    slot.free()
+    stream.synchronize()
+
+
 @late
 @pytest.mark.parametrize("checked", [False, True])
 def test_an_event_waits_for_its_copy(sim, small_chunks, checked):
@@ -287,6 +305,28 @@ def test_nothing_accumulates_over_saves(sim, tmp_path, small_chunks, capture):
 class FullStorage(LocalStorage):
     def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
         raise ResourceExhaustedError("full")
+
+
+class BrokenStorage(LocalStorage):
+    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
+        file = super().create(path, nbytes, direct=direct)
+        file.write_at = fail_to_write  # type: ignore[method-assign]
+        return file
+
+
+def fail_to_write(offset: int, buffers: Any) -> None:
+    raise ResourceExhaustedError("full")
+
+
+@every_schedule
+@pytest.mark.parametrize("capture", ["snapshot", "deferred"])
+def test_no_copy_is_in_flight_when_writing_has_failed(sim, tmp_path, small_chunks, capture):
+    with Saver(state(sim, 60), storage=BrokenStorage(), staging_bytes=1 << 20) as saver:
+        for number in range(3):
+            pending = saver.save_async(tmp_path / f"model{number}", capture=capture)
+            assert isinstance(pending.exception(), ResourceExhaustedError)
+            assert "copy D2H" not in sim.pending()
+    sim.assert_quiescent()
 
 
 @every_schedule

@@ -82,6 +82,17 @@ def test_the_file_holds_the_values_at_the_call(sim, tmp_path, capture):
     sim.assert_quiescent()
 
 
+@every_schedule
+@pytest.mark.parametrize("capture", ["snapshot", "deferred"])
+def test_a_save_sees_what_was_queued_before_it(sim, tmp_path, capture):
+    variables = {name: array for name, array in state(sim).items() if array.dtype != ml_dtypes.bfloat16}
+    sim.cupy.cuda.Device().synchronize()
+    with Saver(variables) as saver:
+        change(variables, 7)
+        prefix = saver.save_async(tmp_path / "model", capture=capture).result()
+    assert all((value == 7).all() for value in gpusaver.load(prefix).values())
+
+
 def test_files_are_the_same_as_from_numpy(sim, tmp_path):
     """Sizes are multiples of 16, the alignment of small tensors that a device writes."""
     rng = np.random.default_rng(3)

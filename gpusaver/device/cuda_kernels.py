@@ -105,8 +105,6 @@ class Kernels:
         pointers, offsets, sizes = [], [], []
         with on_device(self._device), stream:
             for array, start, offset, nbytes in transfers:
-                if not nbytes:
-                    continue
                 if array.flags.c_contiguous:
                     pointers.append(array.data.ptr + start)
                     offsets.append(offset)

@@ -143,6 +143,8 @@ class Copier:
         """While none is free, chunks in flight are handed over, not kept: the writers may wait for them, and several
         copiers that each kept one could have all of the ring."""
         while self._queued:
+            if self._stop.is_set():
+                raise Stopped
             slot = self._ring.acquire_now()
             if slot is not None:
                 return slot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 from typing import Any
 
 SECONDS = 90.0
@@ -20,4 +21,5 @@ def pytest_sessionfinish(exitstatus: Any) -> None:
 
 
 def pytest_unconfigure() -> None:
+    sys.stdout.flush()
     os._exit(_status)

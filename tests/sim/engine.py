@@ -326,7 +326,7 @@ class Engine:
                     progressed = True
 
     def force(self, target: Operation | None) -> None:
-        """Runs an operation and what it depends on, nothing else, in one of the legal orders."""
+        """Runs an operation and what it depends on, in one of the legal orders, and what the schedule lets run then."""
         self._finish(target)
         self._raise_sticky()
 
@@ -339,6 +339,7 @@ class Engine:
                 stack.extend(waiting)
             else:
                 self._run(stack.pop())
+                self.pump()  # others may overtake the rest as soon as what they waited for has happened
 
     def _run(self, op: Operation) -> None:
         if op.is_done:
