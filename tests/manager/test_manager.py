@@ -264,15 +264,15 @@ def test_a_saver_may_be_given(tmp_path: Path) -> None:
 def test_progress_and_log(make: Make, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     seen: list[gpusaver.SaveProgress] = []
     caplog.set_level(logging.INFO)
-    with make({"w": np.zeros(3_000_000)}, on_progress=seen.append) as manager:
+    with make({"w": np.zeros(6_000_000)}, on_progress=seen.append) as manager:
         manager.save(1)
     written = [report.written_nbytes for report in seen]
     assert written == sorted(written)
-    assert written[-1] == 24_000_000
+    assert written[-1] == 48_000_000
     assert len(written) > 3
-    assert {(report.prefix, report.total_nbytes) for report in seen} == {(f"{tmp_path}/run/ckpt-1", 24_000_000)}
+    assert {(report.prefix, report.total_nbytes) for report in seen} == {(f"{tmp_path}/run/ckpt-1", 48_000_000)}
     assert [report.is_durable for report in seen] == [False] * (len(seen) - 1) + [True]
-    assert f"saved {tmp_path}/run/ckpt-1: 24000000 bytes" in caplog.text
+    assert f"saved {tmp_path}/run/ckpt-1: 48000000 bytes" in caplog.text
 
 
 def test_a_callback_that_fails_fails_no_save(make: Make, caplog: pytest.LogCaptureFixture) -> None:
