@@ -7,6 +7,7 @@ in each, every peer saves once and restores once, in turn, each round starting w
 Between two measurements, outside of the clock: the last files are read into the page cache, then removed, and the
 folder is synced.  So every save finds as much free memory that was in use a moment before, and none pays for the
 removal of older files.  (Memory that stayed unused may be far slower: a virtual machine gives it back to its host.)
+Just before the clock starts every array is read, as by a training step.
 """
 
 from __future__ import annotations
