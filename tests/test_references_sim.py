@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernels.shim import need_compiler
 from sim.errors import CUDARuntimeError
 from sim.fixture import every_schedule, simulated_cupy  # noqa: F401
 from sim.tools import chunks_of_kilobytes, late, on_device, on_host, stored  # noqa: F401
@@ -124,6 +125,7 @@ def test_arrays_of_another_stream_may_be_freed_after_a_snapshot(sim, small_chunk
 @every_schedule
 def test_chunks_that_are_checked_do_not_share_a_buffer(sim, small_chunks):
     """The second is on its way to the device before the first one's checksums are computed."""
+    need_compiler()
     from gpusaver.bundle.crc import crc32c
 
     runtime, slots = runtime_of(), [Slot(sim), Slot(sim)]
@@ -146,6 +148,7 @@ def test_chunks_that_are_checked_do_not_share_a_buffer(sim, small_chunks):
 @every_schedule
 def test_checksums_survive_what_is_queued_after_them(sim, small_chunks):
     """Another thread's failure gives up everything that has landed, with the tables in which results are."""
+    need_compiler()
     from gpusaver.bundle.crc import crc32c
 
     runtime, slot, array = runtime_of(), Slot(sim), sim.cupy.zeros(4000, np.uint8)
