@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import gpusaver
+from gpusaver.bundle.crc import crc32c
 from gpusaver.errors import DataLossError, InvalidArgumentError, NotFoundError, OutOfRangeError
 from gpusaver.pipeline import restore as restore_pipeline
 from gpusaver.tensor import DataType
@@ -261,3 +262,20 @@ def test_v1_checkpoints() -> None:
     array = np.zeros_like(expected)
     assert restore(prefix, {name: array}).unexpected == sorted(set(shapes) - {name})
     np.testing.assert_array_equal(array, expected)
+
+
+def test_every_byte_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpusaver.pipeline import chunk, restore
+
+    state = {"large": np.arange(2_500_000.0), "small": np.arange(5)}
+    gpusaver.save(tmp_path / "k", state)
+    sizes: list[int] = []
+
+    def counting(buffer: Any, value: int = 0) -> int:
+        sizes.append(memoryview(buffer).nbytes)
+        return crc32c(buffer, value)
+
+    for module in (chunk, restore):
+        monkeypatch.setattr(module, "crc32c", counting)
+    gpusaver.Saver(state).restore(tmp_path / "k")
+    assert sum(sizes) == sum(array.nbytes for array in state.values())
