@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import enum
+import logging
 import os
 import threading
 import time
@@ -16,6 +17,8 @@ from gpusaver.device import Event
 from gpusaver.device.inventory import link_rate
 from gpusaver.errors import CancelledError, FailedPreconditionError
 from gpusaver.pipeline.timeline import STAGES, Span, Timeline, busy_seconds, chrome_trace
+
+_log = logging.getLogger("gpusaver")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,3 +289,14 @@ def ended_if_interrupted(pending: PendingSave) -> Iterator[None]:
             pending.cancel()
             pending.wait()
         raise
+
+
+def close_on_exit(close: Callable[[], None], error: BaseException | None) -> None:
+    """The end of a ``with``: the body's own ``error`` is the one to see, so one of ``close`` is logged beside it."""
+    if error is None:
+        close()
+        return
+    try:
+        close()
+    except Exception as masked:
+        _log.error("while another exception was raised, a background save failed: %s", masked)

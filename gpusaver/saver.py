@@ -33,7 +33,7 @@ from gpusaver.errors import CancelledError, Error, FailedPreconditionError, Inva
 from gpusaver.exporting import Description, SaverOptions
 from gpusaver.finding import check, first_sound
 from gpusaver.metagraph.rewriting import without_scope, write_meta_graph
-from gpusaver.pending import PendingSave, ended_if_interrupted
+from gpusaver.pending import PendingSave, close_on_exit, ended_if_interrupted
 from gpusaver.pipeline.plan import Plan, Save, plan_save
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import run_in_background
@@ -576,13 +576,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self.close()
-            return
-        try:
-            self.close()
-        except Exception as masked:  # the body's own error is the one to see
-            _log.error("while another exception was raised, a background save failed: %s", masked)
+        close_on_exit(self.close, error)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:

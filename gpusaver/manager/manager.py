@@ -28,7 +28,7 @@ from gpusaver.manager.memory import Memory
 from gpusaver.manager.policy import Checkpoint, Managed, Mode, Policy
 from gpusaver.manager.progress import Progress, SaveProgress, bar
 from gpusaver.manager.signals import SignalFlag
-from gpusaver.pending import PendingSave, ended_if_interrupted
+from gpusaver.pending import PendingSave, close_on_exit, ended_if_interrupted
 from gpusaver.saver import Saver, SaveRequest, WhenBusy
 from gpusaver.storage.base import Lock, Storage
 
@@ -410,13 +410,7 @@ class CheckpointManager:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self.close()
-            return
-        try:
-            self.close()
-        except Exception as masked:  # the loop's own error is the one to see
-            _log.error("while another exception was raised, a background save failed: %s", masked)
+        close_on_exit(self.close, error)
 
 
 def _check_name(name: str) -> None:
