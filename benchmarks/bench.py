@@ -1,13 +1,13 @@
 """``make bench``: gpusaver against torch.save, safetensors, np.savez and TensorFlow, and against raw writes and reads.
 
-Every library is a process of its own (:mod:`worker`), in an environment that has it, and all share the same arrays
-(:mod:`workloads`).  First each proves that what it restores is what it saved; that was also its warm-up.  Then rounds:
-in each, every peer saves once and restores once, in turn, each round starting with another one.
+Every library is a process of its own (:mod:`worker`), in an environment that has it, and all have the same values in
+arrays of their own (:mod:`workloads`).  First each proves that what it restores is what it saved; that was also its
+warm-up.  Then rounds: in each, every peer saves once and restores once, in turn, each round starting with another one.
 
 Between two measurements, outside of the clock: the last files are read into the page cache, then removed, and the
 folder is synced.  So every save finds as much free memory that was in use a moment before, and none pays for the
 removal of older files.  (Memory that stayed unused may be far slower: a virtual machine gives it back to its host.)
-Just before the clock starts every array is read, as by a training step.
+Just before the clock starts every array is written, as by a training step.
 """
 
 from __future__ import annotations

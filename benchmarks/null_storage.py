@@ -44,6 +44,12 @@ class NullStorage:
     def is_directory(self, path: str) -> bool:
         return True
 
+    def version(self, path: str) -> None:
+        return None
+
+    def link(self, source: str, target: str) -> None:
+        return None
+
     def modified_time(self, path: str) -> float:
         return 0.0
 

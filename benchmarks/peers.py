@@ -16,10 +16,11 @@ import zlib
 from typing import Any, ClassVar
 
 import numpy as np
-from workloads import Arrays
+from workloads import ARRAY_ALIGNMENT, Arrays
 
 _PIECE_NBYTES = 8 << 20
 _BATCH_NBYTES = 64 << 20
+_MAX_BUFFERS = 128
 
 
 class Peer:
@@ -67,9 +68,13 @@ class Peer:
 
 
 class Gpusaver(Peer):
-    """As documented: one Saver for the job, which also keeps the state file and syncs everything."""
+    """As documented: one Saver for the job, which also keeps the state file and syncs everything.
+
+    Without a `.meta` file, which no other has: TensorFlow's Saver writes none here either.
+    """
 
     direct_io: ClassVar[bool | None] = None
+    write_meta_graph: ClassVar[bool] = False
 
     def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
         super().__init__(arrays, block, directory)
@@ -78,7 +83,7 @@ class Gpusaver(Peer):
         self._saver = gpusaver.Saver(dict(arrays), direct_io=self.direct_io)
 
     def save(self) -> None:
-        self._saver.save(self.path("model.ckpt"))
+        self._saver.save(self.path("model.ckpt"), write_meta_graph=self.write_meta_graph)
 
     def restore(self) -> None:
         self._saver.restore(self.path("model.ckpt"))
@@ -96,6 +101,12 @@ class GpusaverCached(Gpusaver):
 
 class GpusaverDirect(Gpusaver):
     direct_io = True
+
+
+class GpusaverMeta(Gpusaver):
+    """Each save finds an empty folder, and so writes a `.meta` file; in a training job only the first one does."""
+
+    write_meta_graph = True
 
 
 class Torch(Peer):
@@ -217,7 +228,7 @@ class Raw(Peer):
     """The bytes alone, in one file: reserved, written by ``threads`` threads in pieces of 8 MiB.
 
     From memory that lies as the device likes it best: in huge pages, aligned, so that around the page cache nothing
-    is copied.  (NumPy's arrays lie 16 bytes off; whoever writes them so must copy first.)
+    is copied.
     """
 
     process = "raw"
@@ -230,12 +241,13 @@ class Raw(Peer):
     def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
         Raw.copy = Raw.copy or _in_huge_pages(block)
         super().__init__(arrays, Raw.copy, directory)
-
-    def clear(self) -> None:
-        np.frombuffer(self.block, np.uint8).fill(0)
-
-    def digest(self) -> int:
-        return zlib.crc32(self.block)
+        # The arrays and what lies between them in the block, in pieces.
+        self._buffers: list[memoryview] = []
+        for array in arrays.values():
+            octets = array.reshape(-1).view(np.uint8).data
+            padding = -octets.nbytes % ARRAY_ALIGNMENT
+            self._buffers += [octets[i : i + _PIECE_NBYTES] for i in range(0, octets.nbytes, _PIECE_NBYTES)]
+            self._buffers += [memoryview(bytearray(padding))] if padding else []
 
     def save(self) -> None:
         fd = os.open(self.path("raw"), os.O_RDWR | os.O_CREAT | os.O_EXCL | self.flags, 0o666)
@@ -260,11 +272,16 @@ class Raw(Peer):
                 start += os.pwrite(fd, self.block[start:end], start)
 
     def restore(self) -> None:
+        """With one thread, into the arrays themselves."""
         fd = os.open(self.path("raw"), os.O_RDONLY)
         try:
             position = 0
-            while position < len(self.block):
-                position += os.preadv(fd, [self.block[position : position + _PIECE_NBYTES]], position)
+            for first in range(0, len(self._buffers), _MAX_BUFFERS):
+                batch = self._buffers[first : first + _MAX_BUFFERS]
+                wanted = sum(map(len, batch))
+                if os.preadv(fd, batch, position) != wanted:
+                    raise OSError(f"{self.path('raw')} was read in part")  # nothing like it was seen for 2 GB and less
+                position += wanted
         finally:
             os.close(fd)
 
@@ -288,6 +305,7 @@ PEERS: dict[str, type[Peer]] = {
     "gpusaver": Gpusaver,
     "gpusaver page cache": GpusaverCached,
     "gpusaver O_DIRECT": GpusaverDirect,
+    "gpusaver and .meta": GpusaverMeta,
     "torch.save": Torch,
     "safetensors": Safetensors,
     "np.savez": Npz,

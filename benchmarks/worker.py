@@ -21,7 +21,7 @@ import traceback
 from typing import Any
 
 from peers import PEERS, Peer
-from workloads import WORKLOADS, open_block
+from workloads import WORKLOADS, State
 
 
 def sync_tree(directory: str) -> None:
@@ -51,8 +51,9 @@ def reset_peak() -> None:
 
 
 class Worker:
-    def __init__(self, peer: Peer) -> None:
+    def __init__(self, peer: Peer, state: State) -> None:
         self._peer = peer
+        self._state = state
         self._resident_before = resident("VmRSS")
 
     def check(self) -> dict[str, Any]:
@@ -65,14 +66,8 @@ class Worker:
             raise AssertionError(f"checksum {expected:#x} before the save, {found:#x} after the restore")
         return {"stored_files": len(os.listdir(self._peer.directory)), "versions": self._peer.versions()}
 
-    def _use_arrays(self) -> None:
-        """As a training step does just before: a system short of memory has unmapped pages that lay idle for long."""
-        for array in self._peer.arrays.values():
-            array.reshape(-1)[::1024].sum()
-        gc.collect()
-
     def save(self) -> dict[str, Any]:
-        self._use_arrays()
+        gc.collect()
         reset_peak()
         cpu, start = time.process_time(), time.perf_counter()
         self._peer.save()
@@ -87,7 +82,7 @@ class Worker:
         }
 
     def restore(self) -> dict[str, Any]:
-        self._use_arrays()
+        gc.collect()
         reset_peak()
         cpu, start = time.process_time(), time.perf_counter()
         self._peer.restore()
@@ -106,14 +101,18 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
-        block, arrays = open_block(WORKLOADS[workload_name], int(fd))
-        peers = {name: PEERS[name](arrays, block, directory) for name in names}
-        workers = {name: Worker(peer) for name, peer in peers.items()}
+        state = State(WORKLOADS[workload_name], int(fd))
+        peers = {name: PEERS[name](state.arrays, state.block, directory) for name in names}
+        workers = {name: Worker(peer, state) for name, peer in peers.items()}
+        state.drop()
         print(json.dumps({}), file=answers)
         for line in sys.stdin:
             order, _, name = line.rstrip("\n").partition(" ")
             orders = {"check": workers[name].check, "save": workers[name].save, "restore": workers[name].restore}
-            print(json.dumps(orders[order]()), file=answers)
+            state.fill()
+            answer = orders[order]()
+            state.drop()
+            print(json.dumps(answer), file=answers)
     except Exception:
         print(json.dumps({"error": traceback.format_exc()}), file=answers)
         sys.exit(1)

@@ -1,28 +1,33 @@
-"""What is saved: named float32 arrays of random values, in one block of memory that every process of a run shares.
+"""What is saved: named float32 arrays of random values, each where NumPy allocates it.
 
-::
+The values come from one block of memory that every process of a run shares::
 
     block   | array |pad| array |pad| ...        each array at a multiple of 64 bytes
 
-One block instead of one per process lets a run of a dozen processes fit into the memory of a small machine.  Small
-arrays are copied out of it, so that they are what most NumPy arrays are: owners of memory of their own.
+A process has memory for its large arrays only while it is measured: so a run of a dozen fits into a small machine.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import mmap
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-_ALIGNMENT = 64
+ARRAY_ALIGNMENT = 64
 _SEED = 20240229
 _FILL_ELEMENTS = 1 << 22
-_OWN_MEMORY_NBYTES = 1 << 20
+#: Of such size glibc's malloc gives an array pages of its own, and NumPy asks for huge ones (4 MiB).
+_OWN_PAGES_NBYTES = 4 << 20
+_PAGE_NBYTES = 4096
+_MADV_DONTNEED = 4
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 Shape = tuple[int, ...]
 Arrays = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
@@ -42,7 +47,7 @@ class Workload:
     @property
     def offsets(self) -> list[int]:
         """Of the arrays in the block, and last the size of the block: a multiple of 4096."""
-        sizes = [-(-4 * int(np.prod(shape)) // _ALIGNMENT) * _ALIGNMENT for shape in self.shapes.values()]
+        sizes = [-(-4 * int(np.prod(shape)) // ARRAY_ALIGNMENT) * ARRAY_ALIGNMENT for shape in self.shapes.values()]
         starts = [0, *itertools.accumulate(sizes)]
         return [*starts[:-1], -(-starts[-1] // 4096) * 4096]
 
@@ -108,12 +113,24 @@ def create_block(workload: Workload) -> int:
     return fd
 
 
-def open_block(workload: Workload, fd: int) -> tuple[memoryview, Arrays]:
-    """The whole block and the arrays, every page of them in use already."""
-    block = mmap.mmap(fd, workload.offsets[-1])
-    np.frombuffer(block, np.uint8)[::4096].sum()
-    arrays: Arrays = {}
-    for (name, shape), offset in zip(workload.shapes.items(), workload.offsets, strict=False):
-        array = np.frombuffer(block, np.float32, int(np.prod(shape)), offset).reshape(shape)
-        arrays[name] = array if array.nbytes >= _OWN_MEMORY_NBYTES else array.copy()
-    return memoryview(block), arrays
+class State:
+    """The arrays of one process.  Between :meth:`fill` and :meth:`drop` they have their values, every page in use."""
+
+    def __init__(self, workload: Workload, fd: int) -> None:
+        self.block = memoryview(mmap.mmap(fd, workload.offsets[-1], prot=mmap.PROT_READ))
+        self.arrays: Arrays = {name: np.empty(shape, np.float32) for name, shape in workload.shapes.items()}
+        self._offsets = workload.offsets
+        self.fill()
+
+    def fill(self) -> None:
+        for array, offset in zip(self.arrays.values(), self._offsets, strict=False):
+            np.copyto(array, np.frombuffer(self.block, np.float32, array.size, offset).reshape(array.shape))
+
+    def drop(self) -> None:
+        """Gives the pages of large arrays back to the system: they are fresh ones, zeros, when next touched."""
+        for array in self.arrays.values():
+            start, end = array.ctypes.data, array.ctypes.data + array.nbytes
+            first = -(-start // _PAGE_NBYTES) * _PAGE_NBYTES
+            nbytes = end // _PAGE_NBYTES * _PAGE_NBYTES - first
+            if array.nbytes >= _OWN_PAGES_NBYTES and _LIBC is not None:
+                _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), _MADV_DONTNEED)
