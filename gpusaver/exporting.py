@@ -10,6 +10,7 @@ from gpusaver.metagraph.nodes import Names, node_name
 from gpusaver.metagraph.rewriting import encoded, remove_devices
 from gpusaver.metagraph.saver_nodes import Saveable, names_of_saver
 from gpusaver.metagraph.variables import GraphVariable, Part
+from gpusaver.pipeline.commit import FileVersion
 from gpusaver.pipeline.plan import Plan
 from gpusaver.variables import Leaf, Variable
 
@@ -45,9 +46,11 @@ class Description:
         self._declared_devices = [leaf.device for leaf in leaves]
         self._options = options
         self._content: bytes | None = None
+        #: The last `.meta` file that got it.  Only the saving thread uses this.
+        self.written: FileVersion | None = None
 
     def fits(self, plan: Plan, leaves: Sequence[Leaf]) -> bool:
-        return plan is self._plan and self._trainable == _trainable(leaves)
+        return plan.rows is self._plan.rows and self._trainable == _trainable(leaves)
 
     def content(self) -> bytes:
         """The bytes of a `.meta` file.  Without devices: one that is missing would keep TensorFlow from restoring."""

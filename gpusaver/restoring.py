@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import gc
+import itertools
 import logging
 import math
 import operator
@@ -25,6 +26,10 @@ from gpusaver.tensor import DataType
 from gpusaver.variables import Leaf
 
 _log = logging.getLogger("gpusaver")
+
+_NAME = operator.attrgetter("name")
+_SHAPE = operator.attrgetter("shape")
+_DTYPE = operator.attrgetter("dtype")
 
 #: Looking for near matches compares every missing name with every stored one, 50 us or so a pair.
 _MAX_SUGGESTIONS = 20
@@ -136,37 +141,35 @@ def _add_plain(leaves: Sequence[Leaf], reader: CheckpointReader, read: TensorRea
     Only where every array owns its memory, so that none overlaps another; with arrays of other libraries none of it
     is known.
     """
-    candidates: list[Leaf] = []
-    others: list[Leaf] = []
-    for leaf in leaves:
-        is_own = type(leaf[1]) is np.ndarray and leaf[1].base is None
-        (candidates if is_own else others).append(leaf)
+    is_own = [type(leaf[1]) is np.ndarray and leaf[1].base is None for leaf in leaves]
+    candidates = list(itertools.compress(leaves, is_own))
+    others = [] if len(candidates) == len(leaves) else list(itertools.compress(leaves, map(operator.not_, is_own)))
     if not all(leaf.has_own_memory for leaf in others) or len({id(leaf[1]) for leaf in candidates}) < len(candidates):
         return [], list(leaves)
     found = reader.plain_rows([leaf[0] for leaf in candidates])
     if found is None:
         return [], list(leaves)
     entries, rows = found
-    specs = entries.specs
-    names: list[str] = []
-    arrays: list[Any] = []
-    taken: list[int] = []
-    types: dict[np.dtype[Any], DataType | None] = {}
-    for leaf, row in zip(candidates, rows, strict=True):
-        name, array, _, key, part = leaf
-        dtype = array.dtype
-        if dtype not in types:
-            types[dtype] = known_dtype(dtype) if dtype.isnative else None
-        # A leaf without a key is a Variable's, which may have declared another type.
-        is_plain = key is not None and part is None and array.flags.carray
-        if is_plain and row is not None and specs[row].shape == array.shape and specs[row].dtype is types[dtype]:
-            names.append(name)
-            arrays.append(array)
-            taken.append(row)
-        else:
-            others.append(leaf)
-    read.plain(names, arrays, entries.ranges.take(taken))
-    return names, sorted(others, key=operator.attrgetter("name")) if others else others
+    arrays = [leaf[1] for leaf in candidates]
+    shapes, dtypes = list(map(_SHAPE, arrays)), list(map(_DTYPE, arrays))
+    types = {dtype: known_dtype(dtype) if dtype.isnative else None for dtype in set(dtypes)}
+    specs = [None if row is None else entries.specs[row] for row in rows]
+    # A leaf without a key is a Variable's, which may have declared another type.
+    fits = [
+        spec is not None
+        and spec.shape == shape
+        and spec.dtype is types[dtype]
+        and leaf[3] is not None
+        and leaf[4] is None
+        and array.flags.carray
+        for leaf, array, spec, shape, dtype in zip(candidates, arrays, specs, shapes, dtypes, strict=True)
+    ]
+    if not all(fits):
+        others = sorted([*others, *itertools.compress(candidates, map(operator.not_, fits))], key=_NAME)
+    names = [leaf[0] for leaf in itertools.compress(candidates, fits)]
+    taken = entries.ranges.take([row for row in itertools.compress(rows, fits) if row is not None])
+    read.plain(names, list(itertools.compress(arrays, fits)), taken)
+    return names, others
 
 
 def _match(

@@ -301,14 +301,16 @@ class Saver:
         leaves = self._leaves()
         with timeline.span("plan"):
             save = plan_save(leaves, sharded=self._sharded, cached=self._plan)
-        self._plan = save.plan
         meta_graph = None
         if request.meta_graph_suffix is not None:
             meta_graph = meta_graph_file(prefix, request.meta_graph_suffix), self._describe(leaves, save.plan)
         make_directory(self.storage, os.path.dirname(prefix), prefix)
+        with timeline.span("plan"):
+            save = self._saving.arrange(save, os.path.dirname(prefix))
+        self._plan = save.plan
         with timeline.span("capture"):
             save, mode, reason = self._saving.capture(save, request.capture)
-        devices = sorted(runtime.name for runtime in save.runtimes() if runtime is not HOST)
+        devices = sorted(runtime.name for runtime in save.runtimes if runtime is not HOST)
         pending = PendingSave(
             prefix,
             mode,
@@ -316,9 +318,9 @@ class Saver:
             timeline,
             is_awaited=request.is_awaited,
             devices=devices,
-            has_host_arrays=len(devices) < len(save.runtimes()),
+            has_host_arrays=len(devices) < len(save.runtimes),
         )
-        if mode == "snapshot" and save.runtimes() == [HOST]:
+        if mode == "snapshot" and save.runtimes == [HOST]:
             pending.mark_captured()
         if mode == "deferred" and self._check_captures:
             self._saving.watch(save, pending)

@@ -13,7 +13,7 @@ from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
 from gpusaver.exporting import Description
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
-from gpusaver.pipeline.commit import BundleCommit
+from gpusaver.pipeline.commit import DIRECT_MIN_NBYTES, BundleCommit, FileVersion, MetaFile
 from gpusaver.pipeline.plan import Item, Save
 from gpusaver.pipeline.preflight import Preflight
 from gpusaver.pipeline.save import Source, checksums_now, write_chunks
@@ -46,9 +46,17 @@ class Saving:
         self._has_blocked = False
         self._preflight = Preflight(storage)
 
+    def arrange(self, save: Save, directory: str) -> Save:
+        """The same, laid out as the files in this directory are best written."""
+        is_direct = self._direct_io
+        if is_direct is None:
+            is_large = max(save.plan.layout.shard_nbytes) >= DIRECT_MIN_NBYTES
+            is_direct = is_large and self._storage.prefers_direct(directory)
+        return save.moved(around_cache=is_direct)
+
     def capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
         """What is to be written instead of ``save``, the mode used, and why.  Call it in the caller's thread."""
-        runtimes = save.runtimes()
+        runtimes = save.runtimes
         for runtime in runtimes:
             if runtime is not HOST:
                 self.slots.ring(runtime)  # so that close() knows of it
@@ -113,7 +121,7 @@ class Saving:
         self._preflight.check(pending.prefix, sum(layout.shard_nbytes), len(save.plan.items), copies)
         commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
         try:
-            is_staged = any(file.alignment > 1 for file in commit.files) or save.runtimes() != [HOST]
+            is_staged = any(file.alignment > 1 for file in commit.files) or save.runtimes != [HOST]
             threads = _STAGED_THREADS if is_staged else _THREADS
             checksums = write_chunks(
                 layout,
@@ -130,17 +138,22 @@ class Saving:
                 commit.sync()
             checksums.update(save.string_checksums)
             index = save.plan.index(commit.num_shards, checksums)
-            meta_file = None if meta_graph is None else (meta_graph[0], meta_graph[1].content())
+            meta = None
+            if meta_graph is not None:
+                path, description = meta_graph
+                meta = MetaFile(path, description.content, description.written)
             pending.begin_commit()
             with pending.timeline.span("commit"):
-                commit.publish(index, meta_file, strict=self._strict)
+                commit.publish(index, meta, strict=self._strict)
+                if meta is not None:
+                    description.written = FileVersion(path, self._storage.version(path))
         except BaseException:
             commit.abort()
             raise
 
     def warm_up(self, save: Save, directory: str | None) -> None:
         """Pins the ring, compiles the kernels, and looks at the directory, where there is one."""
-        for runtime in save.runtimes():
+        for runtime in save.runtimes:
             runtime.warm_up()
             if runtime is not HOST:
                 self.slots.ring(runtime).fill()

@@ -12,6 +12,7 @@ Keys are bytes here; ``str`` is a matter of the layers above.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -47,7 +48,8 @@ class BundleIndex:
         self.name = name
         self._table = Table(data, name)
         self._slice_keys: set[bytes] | None = None
-        self._rows: dict[bytes, int] = {}
+        #: Of all entries, once they are decoded.
+        self._keys: list[bytes] = []
         self._entries: Entries | None = None
         value = self._table.get(_HEADER_KEY)
         if value is None:
@@ -88,17 +90,22 @@ class BundleIndex:
             except (DataLossError, UnimplementedError):
                 return None  # what is wrong is said when the entry is asked for
         assert self._entries is not None
+        if keys == self._keys:  # nearly always, where all of a checkpoint is restored
+            return self._entries, list(range(len(keys)))
         return self._entries, list(map(self._rows.get, keys))
 
+    @functools.cached_property
+    def _rows(self) -> dict[bytes, int]:
+        return dict(zip(self._keys, range(len(self._keys)), strict=True))
+
     def _decode_all(self) -> None:
-        all_keys: list[bytes] = []
+        keys: list[bytes] = []
         entries: list[Entries] = []
-        for keys, data, starts, ends in self._table.columns():
-            skipped = 1 if keys[:1] == [_HEADER_KEY] else 0
-            all_keys += keys[skipped:]
+        for found, data, starts, ends in self._table.columns():
+            skipped = 1 if found[:1] == [_HEADER_KEY] else 0
+            keys += found[skipped:]
             entries.append(decode_entries(data, starts[skipped:], ends[skipped:], self.num_shards))
-        self._rows = dict(zip(all_keys, range(len(all_keys)), strict=True))
-        self._entries = Entries.joined(entries)
+        self._keys, self._entries = keys, Entries.joined(entries)
 
     def items(self) -> Iterator[tuple[bytes, Entry]]:
         """All entries as stored, slice keys included, in key order."""

@@ -10,6 +10,9 @@
 
     chunks: windows of a run of chunk_nbytes, each a list of pieces (this part of that tensor goes there)
 
+A host array that is written around the page cache may lie at a *phase* instead of a page's begin: as far into a page
+of the file as into a page of memory, so that the disk takes its pages from where they are.
+
 An *owner* is what can read the tensors' bytes: the host, or one device.  No chunk spans two owners.  Tensors keep the
 order in which they are given (the order of their keys) among the large and among the small ones of a run.
 """
@@ -77,6 +80,14 @@ class Chunk:
         end, last = self.offset + self.nbytes, len(self.tensors) - 1
         return [number for number in {0, last} if self.starts[number] < self.offset or self.ends[number] > end]
 
+    def runs(self, nbytes: int) -> Iterator[range]:
+        """Numbers of tensors that lie here whole, side by side, each of less than ``nbytes``; others come alone."""
+        starts, ends = np.asarray(self.starts), np.asarray(self.ends)
+        alone = ends - starts >= nbytes
+        alone[self.cut] = True
+        breaks = alone[1:] | alone[:-1] | (starts[1:] != ends[:-1])
+        yield from itertools.starmap(range, itertools.pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(alone)]))
+
     @property
     def has_gaps(self) -> bool:
         is_covered = self.starts[0] <= self.offset and self.ends[-1] >= self.offset + self.nbytes
@@ -107,16 +118,25 @@ class Layout:
 
     def chunks(self, chunk_nbytes: int, owner: int | None = None) -> Iterator[Chunk]:
         """Every byte of every tensor, or of an owner's, exactly once.  Requires: a multiple of PAGE."""
-        return chunks(self.shard, self.offset, self.nbytes, self.owner, chunk_nbytes, max_gap=PAGE, only=owner)
+        columns = self.shard, self.offset, self.nbytes, self.owner
+        return chunks(*columns, chunk_nbytes, max_gap=PAGE, alignment=PAGE, only=owner)
+
+    def moved(self, phases: Column) -> Layout:
+        """The same with the large tensors at other phases."""
+        return plan_layout(self.nbytes, self.owner, self.shard, len(self.shard_nbytes), phases)
 
 
 def plan_layout(
-    nbytes: Sequence[int],
-    owner: Sequence[int],
-    shard: Sequence[int],
+    nbytes: Sequence[int] | Column,
+    owner: Sequence[int] | Column,
+    shard: Sequence[int] | Column,
     num_shards: int,
+    phases: Column | None = None,
 ) -> Layout:
-    """Places tensors given as columns: their stored sizes in bytes, their owners and their shards."""
+    """Places tensors given as columns: their stored sizes in bytes, their owners and their shards.
+
+    ``phases``: how far behind a multiple of PAGE each large tensor is to begin; None: not at all.
+    """
     sizes = np.asarray(nbytes, dtype=np.int64)
     owners = np.asarray(owner, dtype=np.int64)
     shards = np.asarray(shard, dtype=np.int64)
@@ -129,18 +149,23 @@ def plan_layout(
             run = np.flatnonzero(in_shard & (owners == run_owner))
             is_large = sizes[run] >= LARGE_NBYTES
             end = _round_up(end, PAGE)
-            for members, alignment in ((run[is_large], PAGE), (run[~is_large], 1)):
-                end = _place(offsets, sizes, members, end, alignment)
+            large = run[is_large]
+            end = _place(offsets, sizes, large, end, np.zeros_like(large) if phases is None else phases[large])
+            end = _place(offsets, sizes, run[~is_large], end, None)
         shard_nbytes.append(end)
     return Layout(shards, offsets, sizes, owners, tuple(shard_nbytes))
 
 
-def _place(offsets: Column, sizes: Column, members: Column, start: int, alignment: int) -> int:
-    """Sets the members' offsets from ``start`` on; returns where the last one ends."""
+def _place(offsets: Column, sizes: Column, members: Column, start: int, phases: Column | None) -> int:
+    """Sets the members' offsets from ``start`` on, each the first of its phase; returns where the last one ends."""
     if not len(members):
         return start
-    padded = -(-sizes[members] // alignment) * alignment
-    offsets[members] = _round_up(start, alignment) + np.cumsum(padded) - padded
+    nbytes = sizes[members]
+    ends = start + np.cumsum(nbytes)
+    if phases is not None:
+        before = np.concatenate(([start], phases[:-1] + nbytes[:-1]))  # modulo PAGE
+        ends += np.cumsum((phases - before) % PAGE)
+    offsets[members] = ends - nbytes
     return int(offsets[members[-1]] + sizes[members[-1]])
 
 
@@ -156,13 +181,15 @@ def chunks(
     chunk_nbytes: int,
     *,
     max_gap: int,
+    alignment: int = 1,
     only: int | None = None,
 ) -> Iterator[Chunk]:
     """Windows of at most ``chunk_nbytes`` over the given byte ranges (of one owner), for writing or reading them.
 
     A new run of windows starts where the shard or the owner changes, where the next range is more than ``max_gap``
-    bytes away (not worth reading through), and where it overlaps the one before.  Windows of a run follow each other
-    without a gap, all but the last a multiple of PAGE long if ``chunk_nbytes`` is.
+    bytes away (not worth reading through), and where it overlaps the one before.  A run starts at a multiple of
+    ``alignment``; its windows follow each other without a gap, all but the last a multiple of PAGE long if
+    ``chunk_nbytes`` is.
 
     Requires: ``max_gap`` is less than ``chunk_nbytes``; a window could hold nothing else.
     """
@@ -183,13 +210,14 @@ def chunks(
             starts[first:last].tolist(),
             ends[first:last].tolist(),
             chunk_nbytes,
+            alignment,
         )
 
 
 def _windows(
-    shard: int, owner: int, tensors: list[int], starts: list[int], ends: list[int], chunk_nbytes: int
+    shard: int, owner: int, tensors: list[int], starts: list[int], ends: list[int], chunk_nbytes: int, alignment: int
 ) -> Iterator[Chunk]:
-    position, run_end = starts[0], ends[-1]
+    position, run_end = starts[0] // alignment * alignment, ends[-1]
     current = 0
     while position < run_end:
         stop = min(position + chunk_nbytes, run_end)

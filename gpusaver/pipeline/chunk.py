@@ -5,17 +5,25 @@
     chunk        | plain array      |gap| strided       |gap| plain array      |
     buffers      | the array itself | z | slot          | z | the array itself |     vectored
     buffers      | slot                                                        |     staged
+    buffers      | slot | pages of array | slot                  | pages ...   |     staged, around the page cache
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from gpusaver.bundle.crc import combine, crc32c
 from gpusaver.bundle.layout import Chunk, Piece
+from gpusaver.device import Transfer
+from gpusaver.device.host import address, byte_view, is_plain
+from gpusaver.device.huge_pages import is_in_huge_page
 from gpusaver.tensor import Buffer
 
 CHUNK_NBYTES = 8 * 1024 * 1024
+#: Shorter pieces are copied: that costs less than one more buffer of a vectored write.
+IN_PLACE_NBYTES = 64 * 1024
 
 
 def vectored_buffers(
@@ -50,15 +58,66 @@ def vectored_buffers(
     return buffers
 
 
-def zero_gaps(chunk: Chunk, slot: memoryview, nbytes: int) -> None:
-    """Clears what no piece covers in the first ``nbytes`` of a reused slot: old bytes must not reach the file."""
-    position = 0 if chunk.has_gaps else chunk.nbytes
-    for piece in chunk.pieces if chunk.has_gaps else ():
-        if piece.offset > position:
-            slot[position : piece.offset] = bytes(piece.offset - position)
-        position = piece.offset + piece.nbytes
-    if position < nbytes:
-        slot[position:nbytes] = bytes(nbytes - position)
+class InPlace(NamedTuple):
+    """A piece that a disk takes from where it is, but for its first and last bytes.
+
+    ``octets``: what it takes, whole pages, from ``begin`` on in the chunk.  ``edges``: the rest, to be copied.
+    ``view``: the whole piece.
+    """
+
+    begin: int
+    octets: memoryview
+    edges: list[Transfer]
+    view: memoryview
+
+
+def find_in_place(piece: Piece, array: Any, alignment: int) -> InPlace | None:
+    """None for a NumPy array that does not lie as it is stored, otherwise than the chunk modulo ``alignment``, or in
+    small pages."""
+    _, start, offset, nbytes = piece
+    if not is_plain(array):
+        return None
+    first_address = address(array) + start
+    if (first_address - offset) % alignment or not is_in_huge_page(first_address + nbytes // 2):
+        return None
+    begin, end = -(-offset // alignment) * alignment, (offset + nbytes) // alignment * alignment
+    if begin >= end:
+        return None
+    view = byte_view(array)[start : start + nbytes]
+    edges = [
+        Transfer(array, start + first - offset, first, last - first)
+        for first, last in ((offset, begin), (end, offset + nbytes))
+        if first < last
+    ]
+    return InPlace(begin, view[begin - offset : end - offset], edges, view)
+
+
+def around_slot(in_place: Sequence[InPlace], slot: memoryview) -> list[Buffer]:
+    """Buffers that make up a chunk: what lies in place, ascending, and all else from the slot."""
+    buffers: list[Buffer] = []
+    position = 0
+    for begin, octets, _, _ in in_place:
+        if position < begin:
+            buffers.append(slot[position:begin])
+        buffers.append(octets)
+        position = begin + octets.nbytes
+    if position < slot.nbytes:
+        buffers.append(slot[position:])
+    return buffers
+
+
+def zero_gaps(chunk: Chunk, slot: memoryview) -> None:
+    """Clears what no piece covers of a reused slot: old bytes must not reach the file."""
+    position = 0
+    if chunk.has_gaps:
+        for start, end in zip(chunk.starts, chunk.ends, strict=True):
+            gap = start - chunk.offset - position
+            if gap > 0:
+                slot[position : position + gap] = bytes(gap)
+            position = end - chunk.offset
+    position = min(position, chunk.nbytes) if chunk.has_gaps else chunk.nbytes
+    if position < slot.nbytes:
+        slot[position:] = bytes(slot.nbytes - position)
 
 
 class Checksums:
@@ -83,6 +142,13 @@ class Checksums:
         parts = self._parts.setdefault(tensor, {})
         begin, crc = parts.pop(start, (start, 0))
         parts[start + nbytes] = begin, crc32c(octets, crc)
+
+    def add_whole(self, tensors: Sequence[int], octets: memoryview, ends: Sequence[int]) -> None:
+        """The same for whole tensors side by side, each of which ends there in ``octets``."""
+        starts = itertools.chain((0,), ends)
+        self._whole.update(
+            (tensor, crc32c(octets[start:end])) for tensor, start, end in zip(tensors, starts, ends, strict=False)
+        )
 
     def add_computed(self, pieces: Sequence[Piece], checksums: Sequence[int]) -> None:
         """The same for pieces whose checksums somebody else has computed."""

@@ -21,13 +21,30 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 from gpusaver.bundle.filenames import data_path, index_path, is_data_of, lock_path, split_data_path, temporary_path
 from gpusaver.bundle.index import BundleIndex
 from gpusaver.errors import DataLossError, Error
 from gpusaver.pipeline.check import bundle_problems
 from gpusaver.storage.base import ReadableFile, Storage, WritableFile, new_token
+
+
+class FileVersion(NamedTuple):
+    """A file, and what :meth:`Storage.version` said of it."""
+
+    path: str
+    version: Hashable
+
+
+class MetaFile(NamedTuple):
+    """A `.meta` file to be.  ``twin``: one that got the same content; if that is still so, one file serves both."""
+
+    path: str
+    content: Callable[[], bytes]
+    twin: FileVersion | None
+
 
 #: Below this size O_DIRECT saves nothing: the page cache takes it in milliseconds.
 DIRECT_MIN_NBYTES = 64 * 1024 * 1024
@@ -80,8 +97,8 @@ class BundleCommit:
             file.sync()
             file.close()
 
-    def publish(self, index: bytes, meta_graph: tuple[str, bytes] | None = None, *, strict: bool = False) -> None:
-        """Makes the bundle durable and visible, and with it ``meta_graph``: path and content of a `.meta` file.
+    def publish(self, index: bytes, meta: MetaFile | None = None, *, strict: bool = False) -> None:
+        """Makes the bundle durable and visible, and with it the `.meta` file.
 
         ``strict``: if it can be read again as it was written.
 
@@ -89,7 +106,7 @@ class BundleCommit:
         failed; then the new checkpoint is there, perhaps not durable, perhaps without its `.meta`.
         """
         storage, final_index = self._storage, index_path(self._prefix)
-        meta_file = None if meta_graph is None else self._write(self._meta_temporary, meta_graph[1])
+        meta_file = None if meta is None else self._meta_file(meta)
         self._write(self._temporary(final_index), index)
         if strict:
             self._read_again(index)
@@ -104,10 +121,10 @@ class BundleCommit:
                 self._renamed.clear()
             raise
         self._keep()
-        if meta_graph is not None and meta_file is not None:
+        if meta is not None and meta_file is not None:
             self.files.append(meta_file)
-            storage.replace(self._meta_temporary, meta_graph[0])
-            self.files.clear()
+            storage.replace(self._meta_temporary, meta.path)
+            self.files.pop().abort()  # of two names of one file a rename leaves both
         storage.sync_directory(self._directory)
         for name in self._old:
             with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
@@ -136,6 +153,20 @@ class BundleCommit:
                 f"cannot save {self._prefix}: what was written differs when it is read again. {problem}. The disk, its "
                 "cable or the memory is failing; save elsewhere"
             )
+
+    def _meta_file(self, meta: MetaFile) -> WritableFile | None:
+        """The `.meta` file, complete and durable under its temporary name; None if it is there under its own."""
+        twin = meta.twin
+        if twin is not None and twin.version is not None:
+            if self._storage.version(meta.path) == twin.version:
+                return None
+            file = self._storage.link(twin.path, self._meta_temporary)
+            if file is not None:
+                self.files.append(file)
+                if self._storage.version(self._meta_temporary) == twin.version:
+                    return file
+                self.files.pop().abort()  # somebody has changed the twin
+        return self._write(self._meta_temporary, meta.content())
 
     def _write(self, temporary: str, content: bytes) -> WritableFile:
         """A small file, complete and durable under its temporary name."""

@@ -12,8 +12,17 @@ import numpy as np
 from gpusaver.bundle.layout import Chunk, Layout
 from gpusaver.device import HOST, Event, Runtime, Transfer
 from gpusaver.errors import CancelledError
-from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers, zero_gaps
-from gpusaver.pipeline.staging import Filled, Staging
+from gpusaver.pipeline.chunk import (
+    CHUNK_NBYTES,
+    IN_PLACE_NBYTES,
+    Checksums,
+    InPlace,
+    around_slot,
+    find_in_place,
+    vectored_buffers,
+    zero_gaps,
+)
+from gpusaver.pipeline.staging import Filled, Ready, Staging
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import WritableFile
@@ -47,7 +56,6 @@ def write_chunks(
     will be read any more, unless the save fails before.  Returns when all is written, not synced; raises the first
     error, when all threads have ended and no copy is in flight.
     """
-
     on_host: list[Chunk] = []
     staged: list[tuple[Runtime, Iterator[Chunk]]] = []
     for owner, first in zip(*(column.tolist() for column in np.unique(layout.owner, return_index=True)), strict=True):
@@ -57,51 +65,131 @@ def write_chunks(
             on_host = list(chunks)
         else:
             staged.append((runtime, chunks))
-    checksums = Checksums(layout.nbytes.tolist())
-
-    def seal(chunk: Chunk, slot: memoryview, computed: Sequence[int] | None = None) -> None:
-        """Makes a filled slot what is written; ``computed``: the checksums of its pieces, if the device did that."""
-        zero_gaps(chunk, slot, _padded(chunk, files[chunk.shard]))
-        if computed is not None:
-            checksums.add_computed(chunk.pieces, computed)
-            return
-        with timeline.span("checksum", chunk.nbytes):
-            for piece in chunk.pieces:
-                checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
-
-    staging = None
-    if staged:
-        devices = [runtime for runtime, _ in staged if runtime is not HOST]
-        ring = slots.ring(devices[0] if devices else HOST)
-        staging = Staging(staged, lambda chunk: _transfers(chunk, sources), seal, ring, timeline)
-    unread = _Countdown(len(on_host) + (staging.copier_count if staging else 0), on_staged)
+    unread = _Countdown(len(on_host) + len(staged), on_staged)
+    writer = _Writer(sources, files, Checksums(layout.nbytes.tolist()), unread, cancelled, timeline)
+    if not staged:
+        work_off(on_host, writer.write_from_host, slots, threads, cancelled, timeline=timeline)
+        return writer.checksums.finished()
+    devices = [runtime for runtime, _ in staged if runtime is not HOST]
+    ring = slots.ring(devices[0] if devices else HOST)
+    staging = Staging(staged, lambda chunk: _transfers(chunk, sources), writer.fill, ring, timeline)
 
     def write(job: Chunk | Filled, slot: LazySlot) -> None:
-        if isinstance(job, Filled):
-            assert staging is not None
-            try:
-                if cancelled.is_set():
-                    raise CancelledError("the save was cancelled before it was committed")
-                if job.event is not None:
-                    seal(job.chunk, job.slot.view, job.event.checksums)
-                with timeline.span("write", job.chunk.nbytes):
-                    _write_slot(job.chunk, job.slot.view, files[job.chunk.shard])
-            finally:
-                staging.release(job)
-        else:
-            _write_from_host(job, sources, files[job.shard], slot, checksums, unread.one_less, timeline)
+        if isinstance(job, Chunk):
+            writer.write_from_host(job, slot)
+            return
+        try:
+            writer.write_filled(job)
+        finally:
+            staging.release(job)
 
-    if staging is None:
-        work_off(on_host, write, slots, threads, cancelled, timeline=timeline)
-        return checksums.finished()
     staging.start(on_recorded, unread.one_less)
     try:
         jobs: Iterator[Chunk | Filled] = itertools.chain(staging.filled(), on_host)
+        threads = min(threads, sum(layout.shard_nbytes) // CHUNK_NBYTES + 1)
         work_off(jobs, write, slots, threads, on_error=staging.stop, timeline=timeline)
     finally:
         staging.stop()
         staging.join()
-    return checksums.finished()
+    return writer.checksums.finished()
+
+
+class _Writer:
+    """What becomes of the chunks of one save; the methods are called from several threads."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        files: Sequence[WritableFile],
+        checksums: Checksums,
+        unread: _Countdown,
+        cancelled: threading.Event,
+        timeline: Timeline,
+    ) -> None:
+        self.checksums = checksums
+        self._sources = sources
+        self._files = files
+        self._unread = unread
+        self._cancelled = cancelled
+        self._timeline = timeline
+
+    def write_from_host(self, chunk: Chunk, slot: LazySlot) -> None:
+        """From the arrays themselves; what does not lie there as it is stored goes through the worker's slot."""
+        views: list[Buffer | None] = [
+            HOST.view(self._sources[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces
+        ]
+        with self._timeline.span("checksum", chunk.nbytes):
+            buffers = _stage_rest(chunk, self._sources, views, slot, self.checksums)
+        is_copied = all(view is None for view in views)
+        if is_copied:
+            self._unread.one_less()
+        with self._timeline.span("write", chunk.nbytes):
+            self._files[chunk.shard].write_at(chunk.offset, buffers)
+        if not is_copied:
+            self._unread.one_less()
+
+    def fill(self, chunk: Chunk, slot: memoryview) -> Ready:
+        """What is to be written of a chunk of the host around the page cache, with all but that done.
+
+        Long pieces are written from where they are, if they lie there as in the file, page on page.  Checksums are
+        computed here rather than by a writer: the bytes are in this core's caches, and the writers only wait.
+        """
+        file = self._files[chunk.shard]
+        padded = slot[: _padded(chunk, file)]
+        in_place: list[InPlace] = []
+        for run in chunk.runs(IN_PLACE_NBYTES):
+            if len(run) > 1:
+                self._fill_run(chunk, run, padded)
+                continue
+            piece = chunk.piece(run.start)
+            array = self._sources[piece.tensor].array
+            found = find_in_place(piece, array, file.alignment) if piece.nbytes >= IN_PLACE_NBYTES else None
+            if found is not None:
+                in_place.append(found)
+            with self._timeline.span("copy", piece.nbytes if found is None else 0):
+                HOST.to_slot([Transfer(array, *piece[1:])] if found is None else found.edges, padded)
+            with self._timeline.span("checksum", piece.nbytes):
+                place = padded[piece.offset : piece.offset + piece.nbytes]
+                self.checksums.add(piece, place if found is None else found.view)
+        zero_gaps(chunk, padded)
+        if in_place:
+            self._unread.one_more()
+        return Ready(around_slot(in_place, padded), bool(in_place))
+
+    def _fill_run(self, chunk: Chunk, run: range, slot: memoryview) -> None:
+        """Whole small tensors side by side, without an object for each."""
+        tensors, ends = chunk.tensors[run.start : run.stop], chunk.ends[run.start : run.stop]
+        start = chunk.starts[run.start]
+        octets = slot[start - chunk.offset : ends[-1] - chunk.offset]
+        with self._timeline.span("copy", octets.nbytes):
+            HOST.gather([self._sources[tensor].array for tensor in tensors], octets)
+        with self._timeline.span("checksum", octets.nbytes):
+            self.checksums.add_whole(tensors, octets, [end - start for end in ends])
+
+    def write_filled(self, filled: Filled) -> None:
+        if self._cancelled.is_set():
+            raise CancelledError("the save was cancelled before it was committed")
+        chunk, file = filled.chunk, self._files[filled.chunk.shard]
+        if filled.event is not None:
+            self._seal(chunk, filled.slot.view, filled.event.checksums)
+            ready = Ready([filled.slot.view[: _padded(chunk, file)]], False)
+        else:
+            assert filled.ready is not None
+            ready = filled.ready
+        with self._timeline.span("write", chunk.nbytes):
+            file.write_at(chunk.offset, ready.buffers)
+        if ready.is_in_place:
+            self._unread.one_less()
+
+    def _seal(self, chunk: Chunk, slot: memoryview, computed: Sequence[int] | None) -> None:
+        """Makes a slot that a device has filled what is written; ``computed``: the device's checksums of its pieces."""
+        zero_gaps(chunk, slot[: _padded(chunk, self._files[chunk.shard])])
+        if computed is not None:
+            self.checksums.add_computed(chunk.pieces, computed)
+            return
+        with self._timeline.span("checksum", chunk.nbytes):
+            for piece in chunk.pieces:
+                self.checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
 
 
 def checksums_now(layout: Layout, sources: Sequence[Source], slots: Slots) -> dict[int, int]:
@@ -126,34 +214,6 @@ def _padded(chunk: Chunk, file: WritableFile) -> int:
     return -(-chunk.nbytes // file.alignment) * file.alignment
 
 
-def _write_slot(chunk: Chunk, slot: memoryview, file: WritableFile) -> None:
-    file.write_at(chunk.offset, [slot[: _padded(chunk, file)]])
-
-
-def _write_from_host(
-    chunk: Chunk,
-    sources: Sequence[Source],
-    file: WritableFile,
-    slot: LazySlot,
-    checksums: Checksums,
-    on_read: Callable[[], None],
-    timeline: Timeline,
-) -> None:
-    """Writes from the arrays themselves; what does not lie there as it is stored goes through the worker's slot."""
-    views: list[Buffer | None] = [
-        HOST.view(sources[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces
-    ]
-    with timeline.span("checksum", chunk.nbytes):
-        buffers = _stage_rest(chunk, sources, views, slot, checksums)
-    is_copied = all(view is None for view in views)
-    if is_copied:
-        on_read()
-    with timeline.span("write", chunk.nbytes):
-        file.write_at(chunk.offset, buffers)
-    if not is_copied:
-        on_read()
-
-
 class _Countdown:
     def __init__(self, count: int, at_zero: Callable[[], None]) -> None:
         self._count = count
@@ -161,6 +221,11 @@ class _Countdown:
         self._at_zero = at_zero
         if count == 0:
             at_zero()
+
+    def one_more(self) -> None:
+        """Requires: it is not at zero."""
+        with self._lock:
+            self._count += 1
 
     def one_less(self) -> None:
         with self._lock:

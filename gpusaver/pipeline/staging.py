@@ -13,8 +13,9 @@ Device arrays take this road, and host arrays that are written around the page c
 At most two chunks are queued in a device's copy engine, which serves in order of arrival: the trainer's own small
 copies wait behind no more.  The ring bounds the host memory; copiers stall when the writers are slower than the link.
 
-A host copier copies at once.  It keeps a core to itself while the writers sleep in the kernel: threads that did both
-were woken on each other's cores, and the same save took 1.2 to 2 times as long.
+A host copier copies at once, and only what the disk cannot take from where it lies; it computes the checksums as
+well.  It keeps a core to itself while the writers sleep in the kernel: threads that did both were woken on each
+other's cores, and the same save took 1.2 to 2 times as long.
 """
 
 from __future__ import annotations
@@ -28,25 +29,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from gpusaver.bundle.layout import Chunk
-from gpusaver.device import Event, HostBuffer, Runtime, Transfer
+from gpusaver.device import HOST, Event, HostBuffer, Runtime, Transfer
 from gpusaver.device.inventory import nearby_cpus
 from gpusaver.device.nvml import bind_thread
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import Ring, Stopped
+from gpusaver.tensor import Buffer
 
 #: Chunks queued in one device's copy engine.
 MAX_QUEUED = 2
 
 
+class Ready(NamedTuple):
+    """What is to be written of a chunk of the host: parts of its slot, and, if ``is_in_place``, of the arrays."""
+
+    buffers: list[Buffer]
+    is_in_place: bool
+
+
 class Filled(NamedTuple):
     """A chunk whose bytes are in a slot; whoever writes it releases the slot.
 
-    ``event``: of the copy from a device, which has happened; None from the host, whose copier has sealed the slot.
+    ``event``: of the copy from a device, which has happened; the slot has still to be sealed.  ``ready``: of the host,
+    whose copier has done that.
     """
 
     chunk: Chunk
     slot: HostBuffer
     event: Event | None
+    ready: Ready | None
 
 
 class Copier:
@@ -57,7 +68,7 @@ class Copier:
         runtime: Runtime,
         chunks: Iterable[Chunk],
         transfers: Callable[[Chunk], list[Transfer]],
-        seal: Callable[[Chunk, memoryview], None],
+        fill: Callable[[Chunk, memoryview], Ready],
         ring: Ring,
         filled: queue.SimpleQueue[Filled | BaseException | None],
         stop: threading.Event,
@@ -66,7 +77,7 @@ class Copier:
         self._runtime = runtime
         self._chunks = chunks
         self._transfers = transfers
-        self._seal = seal
+        self._fill = fill
         self._ring = ring
         self._filled = filled
         self._stop = stop
@@ -94,19 +105,19 @@ class Copier:
                 slot = self._free_slot()
                 queued_at = time.perf_counter()
                 try:
-                    with self._timeline.range("copy"):
-                        event = self._runtime.to_slot(self._transfers(chunk), slot.view)
-                    if event is None:
-                        self._copied(chunk, threading.current_thread().name, queued_at)
-                        # Here rather than by a writer: the bytes are in this core's caches, and the writers only wait.
-                        self._seal(chunk, slot.view)
+                    if self._runtime is HOST:
+                        filled = Filled(chunk, slot, None, self._fill(chunk, slot.view))
+                    else:
+                        with self._timeline.range("copy"):
+                            event = self._runtime.to_slot(self._transfers(chunk), slot.view)
+                        filled = Filled(chunk, slot, event, None)
                 except BaseException:
                     self._ring.release(slot)
                     raise
                 if event is None:
-                    self._filled.put(Filled(chunk, slot, None))
+                    self._filled.put(filled)
                 else:
-                    self._queued.append((Filled(chunk, slot, event), queued_at))
+                    self._queued.append((filled, queued_at))
             if event is not None:
                 on_recorded(event)
             while self._queued:
@@ -125,16 +136,18 @@ class Copier:
         for chunk in self._chunks:
             slot = self._ring.acquire(self._stop)
             try:
-                with self._timeline.span("copy", chunk.nbytes):
-                    event = self._runtime.to_slot(self._transfers(chunk), slot.view)
-                    if event is not None:
-                        event.synchronize()
-                if event is None:
-                    self._seal(chunk, slot.view)
+                ready = None
+                if self._runtime is HOST:
+                    ready = self._fill(chunk, slot.view)
+                else:
+                    with self._timeline.span("copy", chunk.nbytes):
+                        event = self._runtime.to_slot(self._transfers(chunk), slot.view)
+                        if event is not None:
+                            event.synchronize()
             except BaseException:
                 self._ring.release(slot)
                 raise
-            yield Filled(chunk, slot, event)
+            yield Filled(chunk, slot, event, ready)
         if event is not None:
             on_recorded(event)
         on_copied()
@@ -157,14 +170,11 @@ class Copier:
         assert filled.event is not None
         filled.event.synchronize()
         self._queued.popleft()
-        self._copied(filled.chunk, self._runtime.name, queued_at)
-        self._filled.put(filled)
-
-    def _copied(self, chunk: Chunk, track: str, queued_at: float) -> None:
-        """Records a copy that has ended; it began when the one before it, of this runtime, had."""
-        now = time.perf_counter()
-        self._timeline.add_span("copy", track, max(queued_at, self._settled_at), now, chunk.nbytes)
+        # It began when the one before it had ended.
+        now, began = time.perf_counter(), max(queued_at, self._settled_at)
+        self._timeline.add_span("copy", self._runtime.name, began, now, filled.chunk.nbytes)
         self._settled_at = now
+        self._filled.put(filled)
 
     def _abandon(self) -> None:
         """Copies in flight still write into their slots: they must end before anybody else gets these."""
@@ -182,19 +192,20 @@ class Staging:
         self,
         jobs: Sequence[tuple[Runtime, Iterable[Chunk]]],
         transfers: Callable[[Chunk], list[Transfer]],
-        seal: Callable[[Chunk, memoryview], None],
+        fill: Callable[[Chunk, memoryview], Ready],
         ring: Ring,
         timeline: Timeline,
     ) -> None:
         """``jobs``: the chunks of each runtime, made as they are asked for, in its copier's thread.
 
-        ``seal(chunk, slot)`` makes a filled slot ready to be written; copiers of the host call it themselves.
+        ``transfers(chunk)``: what is copied from a device.  ``fill(chunk, slot)``: does all that for the host, and
+        returns what is to be written.
         """
         self._filled: queue.SimpleQueue[Filled | BaseException | None] = queue.SimpleQueue()
         self._ring = ring
         self._stop = threading.Event()
         self._copiers = [
-            Copier(runtime, own, transfers, seal, ring, self._filled, self._stop, timeline) for runtime, own in jobs
+            Copier(runtime, own, transfers, fill, ring, self._filled, self._stop, timeline) for runtime, own in jobs
         ]
         self._threads: list[threading.Thread] = []
         self._lent: dict[int, HostBuffer] = {}

@@ -7,9 +7,8 @@ none can be started during it (then the calling thread does all the work).
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from gpusaver.device import HOST, HostBuffer, Runtime
@@ -20,7 +19,7 @@ from gpusaver.pipeline.timeline import Timeline
 Job = TypeVar("Job")
 
 #: Of host arrays that are written around the page cache: enough for three writers, and for their copier to stay ahead.
-_HOST_RING_COUNT = 6
+_HOST_RING_COUNT = 4
 
 
 class Stopped(Exception):
@@ -158,14 +157,15 @@ def work_off(
 ) -> None:
     """Calls ``work(job, slot)`` for every job, from ``threads`` threads, the calling one among them.
 
-    No more threads take part than there are jobs.  Returns when all jobs are done.  The first error, an interruption
-    of the calling thread (Ctrl-C) included, stops the others at their next job and is raised when all threads have
-    ended; CancelledError if ``cancelled`` was set before the last job was taken.  ``on_error`` is called at once, to
-    wake whoever makes the jobs.  ``timeline`` gets the CPU time of the other threads; the calling one counts its own.
+    No more threads take part than there are jobs, if ``jobs`` has a length.  Returns when all jobs are done.  The first
+    error, an interruption of the calling thread (Ctrl-C) included, stops the others at their next job and is raised
+    when all threads have ended; CancelledError if ``cancelled`` was set before the last job was taken.  ``on_error`` is
+    called at once, to wake whoever makes the jobs.  ``timeline`` gets the CPU time of the other threads; the calling
+    one counts its own.
     """
-    jobs = iter(jobs)
-    first = list(itertools.islice(jobs, threads))
-    pending = itertools.chain(first, jobs)
+    if isinstance(jobs, Sized):
+        threads = min(threads, len(jobs))
+    pending = iter(jobs)
     lock = threading.Lock()
     errors: list[BaseException] = []
 
@@ -190,7 +190,7 @@ def work_off(
     try:
         # RuntimeError: the interpreter is shutting down, or the system is out of threads.
         with contextlib.suppress(RuntimeError):
-            for number in range(1, len(first)):
+            for number in range(1, threads):
                 ended = threading.Event()
                 helper = threading.Thread(target=help_out, args=(ended,), name=f"gpusaver-worker-{number}")
                 helper.start()

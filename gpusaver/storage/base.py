@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from gpusaver.errors import InvalidArgumentError, ResourceExhaustedError
@@ -81,6 +81,18 @@ class Storage(Protocol):
         """Whether there is such a file; an error if that cannot be found out."""
 
     def is_directory(self, path: str) -> bool: ...
+
+    def version(self, path: str) -> Hashable | None:
+        """Of a file that nobody writes any more: equal as long as it is the same with the same content.
+
+        None if there is no such file, or no telling.
+        """
+
+    def link(self, source: str, target: str) -> WritableFile | None:
+        """Makes ``target``, which does not exist, the same file as ``source``; None where that cannot be.
+
+        It is complete, closed, and as durable as the source but for its name; ``abort`` removes that name.
+        """
 
     def modified_time(self, path: str) -> float:
         """Seconds since the epoch; NotFoundError if there is no such file."""

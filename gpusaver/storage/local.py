@@ -79,6 +79,12 @@ def _move(call: Callable[[int, Any, int], int], fd: int, offset: int, buffers: S
     return moved, wanted
 
 
+def _copied(buffers: Sequence[Buffer]) -> memoryview:
+    copy = np.frombuffer(mmap.mmap(-1, sum(map(_NBYTES, buffers))), np.uint8)
+    np.concatenate([np.frombuffer(_octets(buffer), np.uint8) for buffer in buffers], out=copy)
+    return copy.data
+
+
 def _octets(buffer: Buffer) -> memoryview:
     return np.frombuffer(buffer, np.uint8).data  # memoryview() knows no bfloat16
 
@@ -96,7 +102,13 @@ class LocalWritableFile:
 
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
         with _translated("write", self._path):
-            moved, wanted = _move(os.pwritev, self._fd, offset, buffers)
+            try:
+                moved, wanted = _move(os.pwritev, self._fd, offset, buffers)
+            except OSError as error:
+                if error.errno != errno.EFAULT or self.alignment == 1:
+                    raise
+                # Memory of which the kernel cannot hold the pages while a disk reads them, such as a driver's.
+                moved, wanted = _move(os.pwritev, self._fd, offset, [_copied(buffers)])
             if moved != wanted:
                 raise OSError(errno.EIO, "wrote nothing")
         if offset + wanted > self._nbytes:
@@ -200,6 +212,20 @@ class LocalStorage:
     def is_directory(self, path: str) -> bool:
         status = _status(path or ".")
         return status is not None and stat.S_ISDIR(status.st_mode)
+
+    def version(self, path: str) -> tuple[int, ...] | None:
+        try:
+            status = os.lstat(path)
+        except (OSError, ValueError):
+            return None
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def link(self, source: str, target: str) -> LocalWritableFile | None:
+        try:
+            os.link(source, target)
+        except OSError:  # none is there, too many are, or the file system has no such thing
+            return None
+        return LocalWritableFile(target, -1, 0, 1)
 
     def modified_time(self, path: str) -> float:
         with _translated("look at", path):

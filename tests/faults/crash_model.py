@@ -85,14 +85,20 @@ class Recorder:
                 self.record.append(Operation("unlink", path))
             case "replace" | "rename":
                 source = os.path.relpath(call.args[0], self._directory)
+                if self._files.get(path) == self._files[source]:
+                    return  # two names of one file: nothing happens
                 self._files[path] = self._files.pop(source)
                 self.record.append(Operation("rename", source, self._files[path], target=path))
+            case "link":
+                source = os.path.relpath(call.args[0], self._directory)
+                self._files[path] = self._files[source]
+                self.record.append(Operation("create", path, self._files[path]))
             case "fsync" if call.is_directory:
                 self.record.append(Operation("sync_directory", path))
             case "fsync" | "posix_fallocate" | "ftruncate" | "pwritev" | "pwrite":
                 self._note_file(call, self._by_descriptor[call.args[0]], path, result)
             case name:
-                assert name not in CHANGES | {"write", "link"}, f"{name} is not modelled"
+                assert name not in CHANGES | {"write"}, f"{name} is not modelled"
 
     def _note_file(self, call: Call, file: int, path: str, result: Any) -> None:
         if call.name == "fsync":

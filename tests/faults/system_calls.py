@@ -35,7 +35,7 @@ _BY_DESCRIPTOR = (
 )
 
 #: What changes a directory or a file; the others only look.
-CHANGES = frozenset({"mkdir", "unlink", "replace", "pwritev", "posix_fallocate", "ftruncate", "fsync"})
+CHANGES = frozenset({"mkdir", "unlink", "replace", "link", "pwritev", "posix_fallocate", "ftruncate", "fsync"})
 
 
 class Call(NamedTuple):

@@ -32,16 +32,18 @@ class Tensor(NamedTuple):
     nbytes: int
     owner: int
     shard: int
+    phase: int
 
 
-tensors = st.lists(st.builds(Tensor, sizes, st.integers(0, 2), st.integers(0, 2)), max_size=40)
+phases = st.integers(0, PAGE - 1)
+tensors = st.lists(st.builds(Tensor, sizes, st.integers(0, 2), st.integers(0, 2), st.just(0) | phases), max_size=40)
 windows = st.integers(1, 5).map(lambda pages: pages * PAGE)
 
 
 def plan(given_tensors: list[Tensor]) -> layout_module.Layout:
-    nbytes, owners, shards = ([tensor[column] for tensor in given_tensors] for column in range(3))
+    nbytes, owners, shards, offsets = ([tensor[column] for tensor in given_tensors] for column in range(4))
     with mock.patch.object(layout_module, "LARGE_NBYTES", LARGE):
-        return plan_layout(nbytes, owners, shards, 3)
+        return plan_layout(nbytes, owners, shards, 3, np.asarray(offsets, np.int64))
 
 
 def check_coverage(found: Iterable[Chunk], shard: Any, offset: Any, nbytes: Any, owner: Any) -> None:
@@ -76,7 +78,7 @@ def test_tensors_do_not_overlap_and_are_aligned(given_tensors: list[Tensor]) -> 
         end = 0
         for tensor in inside:
             if given_tensors[tensor].nbytes >= LARGE:
-                assert layout.offset[tensor] % PAGE == 0
+                assert layout.offset[tensor] % PAGE == given_tensors[tensor].phase
             assert layout.offset[tensor] >= end
             end = layout.offset[tensor] + layout.nbytes[tensor]
         assert end <= shard_nbytes
@@ -87,7 +89,7 @@ def test_tensors_do_not_overlap_and_are_aligned(given_tensors: list[Tensor]) -> 
 def test_tensors_keep_their_order_within_a_run(given_tensors: list[Tensor]) -> None:
     layout = plan(given_tensors)
     runs: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
-    for tensor, (nbytes, owner, shard) in enumerate(given_tensors):
+    for tensor, (nbytes, owner, shard, _) in enumerate(given_tensors):
         runs[shard, owner, nbytes >= LARGE].append(int(layout.offset[tensor]))
     for offsets in runs.values():
         assert offsets == sorted(offsets)

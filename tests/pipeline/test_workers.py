@@ -37,7 +37,7 @@ def test_no_more_threads_than_jobs(jobs: int, started: int, monkeypatch: pytest.
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", counting)
-    work_off(iter(range(jobs)), lambda job, slot: None, Slots(10), 4)
+    work_off(range(jobs), lambda job, slot: None, Slots(10), 4)
     assert count == started
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -20,8 +21,8 @@ from hypothesis import strategies as st
 import gpusaver
 from gpusaver.bundle import layout
 from gpusaver.device import Transfer
-from gpusaver.device.host import HostRuntime
-from gpusaver.pipeline import restore, save
+from gpusaver.device.host import HostRuntime, address, allocate_pages
+from gpusaver.pipeline import chunk, plan, restore, save
 from gpusaver.storage.local import LocalStorage
 
 DTYPES = ["?", "u1", "<i2", ">f4", "<f8", "<c16", ml_dtypes.bfloat16]
@@ -34,11 +35,21 @@ def small_scale() -> Iterator[None]:
     with (
         mock.patch.object(layout, "LARGE_NBYTES", 4096),
         mock.patch.object(save, "CHUNK_NBYTES", 8192),
+        mock.patch.object(save, "IN_PLACE_NBYTES", 4096),
+        mock.patch.object(plan, "_PHASED_NBYTES", 4096),
         mock.patch.object(restore, "CHUNK_NBYTES", 8192),
         mock.patch.object(restore, "_MAX_GAP", 4096),
         mock.patch.object(os, "fsync"),
     ):
         yield
+
+
+def in_huge_pages(answer: bool) -> contextlib.AbstractContextManager[Any]:
+    """As if all memory lay in huge pages, or none."""
+    stack = contextlib.ExitStack()
+    for module in (plan, chunk):
+        stack.enter_context(mock.patch.object(module, "is_in_huge_page", return_value=answer))
+    return stack
 
 
 def content(number: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
@@ -69,8 +80,10 @@ shapes = st.one_of(
 states = st.lists(st.tuples(shapes, st.sampled_from(DTYPES), st.sampled_from(PLACES)), min_size=1, max_size=12)
 
 
-@given(states, st.sampled_from([False, True]), st.data())
-def test_any_subset_comes_back(given_state: list[tuple[Any, Any, str]], direct: bool, data: st.DataObject) -> None:
+@given(states, st.sampled_from([False, True]), st.booleans(), st.data())
+def test_any_subset_comes_back(
+    given_state: list[tuple[Any, Any, str]], direct: bool, huge_pages: bool, data: st.DataObject
+) -> None:
     expected = {f"t{n:02d}": content(n, shape, dtype) for n, (shape, dtype, _) in enumerate(given_state)}
     sources = {name: empty_in(place, expected[name]) for name, (_, _, place) in zip(expected, given_state, strict=True)}
     for name, array in sources.items():
@@ -80,7 +93,7 @@ def test_any_subset_comes_back(given_state: list[tuple[Any, Any, str]], direct: 
     places = data.draw(st.lists(st.sampled_from(PLACES), min_size=len(wanted), max_size=len(wanted)))
     verify = data.draw(st.sampled_from(["during", "before"]))
     with tempfile.TemporaryDirectory() as directory:
-        with gpusaver.Saver(sources, direct_io=direct) as saver:
+        with gpusaver.Saver(sources, direct_io=direct) as saver, in_huge_pages(huge_pages):
             prefix = saver.save(os.path.join(directory, "k"))
         targets = {name: empty_in(place, expected[name]) for name, place in zip(sorted(wanted), places, strict=True)}
         state = dict(targets)
@@ -98,6 +111,84 @@ def test_any_subset_comes_back(given_state: list[tuple[Any, Any, str]], direct: 
             else expected[name].tobytes()
             for name in wanted
         }
+
+
+class Watching(LocalStorage):
+    """Keeps the buffers of every write by offset; ``gate`` holds the writes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[int, list[Any]] = {}
+        self.gate = threading.Event()
+
+    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
+        file = super().create(path, nbytes, direct=direct)
+        write_at = file.write_at
+
+        def note(offset: int, buffers: Any) -> None:
+            assert self.gate.wait(10)
+            self.written[offset] = buffers
+            write_at(offset, buffers)
+
+        if ".data-" in path:
+            file.write_at = note  # type: ignore[method-assign]
+        return file
+
+
+@pytest.mark.parametrize("shift", [16, 4000])
+def test_pages_of_arrays_are_written_from_where_they_are(tmp_path: Path, shift: int) -> None:
+    """Around the page cache: all but the first and the last bytes, which are copied along with their neighbours."""
+    storage = Watching()
+    memory = allocate_pages(65536)
+    memory[:] = content(1, (65536,), np.uint8)
+    arrays = {"a": memory[shift : shift + 20000], "b": memory[30000:50000], "c": memory[50001:50010]}
+    expected = {name: array.copy() for name, array in arrays.items()}
+    with gpusaver.Saver(arrays, direct_io=True, storage=storage) as saver, in_huge_pages(True):
+        pending = saver.save_async(tmp_path / "k", capture="deferred")
+        assert pending is not None
+        waiter = threading.Thread(target=pending.fence)
+        waiter.start()
+        waiter.join(0.1)
+        assert waiter.is_alive()  # the arrays are read until they are written
+        storage.gate.set()
+        prefix = pending.result()
+        waiter.join(10)
+        assert not waiter.is_alive()
+        first = dict(storage.written)
+        shares = sum(b.nbytes for bs in first.values() for b in bs if np.shares_memory(np.frombuffer(b, "B"), memory))
+        assert shares == sum(
+            (end // 4096 - -(-start // 4096)) * 4096 for start, end in ((shift, shift + 20000), (30000, 50000))
+        )
+        assert all(
+            offset % 4096 == 0 and address(np.frombuffer(b, "B")) % 4096 == 0 and b.nbytes % 4096 == 0
+            for offset, bs in first.items()
+            for b in bs
+        )
+        assert {name: array.tobytes() for name, array in gpusaver.load(prefix).items()} == {
+            name: array.tobytes() for name, array in expected.items()
+        }
+
+
+def test_a_layout_for_pages_of_memory_is_made_anew_only_when_they_move(tmp_path: Path) -> None:
+    """The plan, and what the `.meta` file says, are kept; where nothing is written around the cache nothing moves."""
+    state = {"a": np.ones(20000, np.uint8)}
+    with gpusaver.Saver(state, direct_io=True) as saver, in_huge_pages(True):
+        layouts = []
+        for _ in range(2):
+            saver.save(tmp_path / "k")
+            layouts.append(saver._plan.layout)
+        description = saver._description
+        offset = int(layouts[0].offset[0])
+        assert offset == address(state["a"]) % 4096
+        assert layouts[0] is layouts[1]
+        state["a"] = allocate_pages(24096)[offset + 1 : offset + 20001]
+        saver.save(tmp_path / "k")
+        assert saver._plan.layout.offset[0] == offset + 1
+        assert saver._description is description
+        with in_huge_pages(False):
+            saver.save(tmp_path / "k")
+        assert saver._plan.layout.offset[0] == 0
+        assert (gpusaver.load(tmp_path / "k")["a"] == state["a"]).all()
 
 
 @pytest.mark.parametrize("direct", [False, True])

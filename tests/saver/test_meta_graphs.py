@@ -139,6 +139,59 @@ def test_the_file_is_written_for_each_save_and_encoded_once(tmp_path: Path) -> N
         assert (saveable.variable.shape, saveable.variable.dtype.name) == ((2, 2), "int8")
 
 
+def identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def test_checkpoints_that_say_the_same_share_one_file(tmp_path: Path) -> None:
+    """Another name of the last one costs nothing; retention takes names away, not the file."""
+    variables = {"w": np.zeros(3), "step": 1}
+    with gpusaver.Saver(variables, max_to_keep=2) as saver:
+        for step in range(1, 5):
+            saver.save(tmp_path / "k", step)
+        assert meta_files(tmp_path) == ["k-3.meta", "k-4.meta"]
+        assert identity(tmp_path / "k-3.meta") == identity(tmp_path / "k-4.meta")
+        saver.save(tmp_path / "k", 4)  # over itself, and over another name of the same file
+        saver.save(tmp_path / "k", 3)
+        assert identity(tmp_path / "k-3.meta") == identity(tmp_path / "k-4.meta")
+        assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+    assert [saveable.key for saveable in saved_variables(read_meta_graph(tmp_path / "k-4.meta"))] == ["step", "w"]
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced", "removed", "a link to elsewhere"])
+def test_a_file_that_somebody_has_changed_is_not_shared(tmp_path: Path, change: str) -> None:
+    with gpusaver.Saver({"w": np.zeros(3)}) as saver:
+        saver.save(tmp_path / "k", 1)
+        path = tmp_path / "k-1.meta"
+        expected = path.read_bytes()
+        if change == "in place":
+            path.write_bytes(b"?" + expected[1:])
+        else:
+            path.rename(tmp_path / "other") if change.startswith("a link") else path.unlink()
+            if change == "replaced":
+                path.write_bytes(b"?")
+            elif change.startswith("a link"):
+                path.symlink_to(tmp_path / "other")
+        saver.save(tmp_path / "k", 2)
+        assert (tmp_path / "k-2.meta").read_bytes() == expected
+        assert not (tmp_path / "k-2.meta").is_symlink()
+        assert (tmp_path / "k-2.meta").stat().st_nlink == 1
+        assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with gpusaver.Saver({"w": np.zeros(3)}) as saver:
+        for step in (1, 2):
+            saver.save(tmp_path / "k", step)
+    assert (tmp_path / "k-1.meta").read_bytes() == (tmp_path / "k-2.meta").read_bytes()
+    assert identity(tmp_path / "k-1.meta") != identity(tmp_path / "k-2.meta")
+
+
 def test_another_suffix_goes_with_the_checkpoint(tmp_path: Path) -> None:
     with gpusaver.Saver({"w": np.zeros(3)}, max_to_keep=1) as saver:
         saver.save(tmp_path / "k", 1, meta_graph_suffix="graph")

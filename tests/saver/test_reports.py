@@ -81,8 +81,9 @@ def test_a_save_of_host_arrays_is_reported(tmp_path, direct_io):
     assert set(tracks[threading.current_thread().name]) == {"plan", "capture"}
     assert {"sync", "commit"} <= set(tracks["gpusaver-save"])
     assert nbytes <= written(tracks, "write") <= nbytes + 4096
-    assert written(tracks, "write") == written(tracks, "checksum")
-    assert written(tracks, "copy") == (written(tracks, "write") if direct_io else 0)
+    assert written(tracks, "checksum") == (nbytes if direct_io else written(tracks, "write"))
+    # Of what lies in huge pages only the ends are copied.
+    assert (0 < written(tracks, "copy") <= nbytes) if direct_io else (written(tracks, "copy") == 0)
 
 
 def test_a_blocking_call_lasts_until_its_end(tmp_path):

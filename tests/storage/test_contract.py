@@ -53,6 +53,30 @@ class StorageContract:
         data = random.Random(1).randbytes(nbytes)
         assert self.read(storage, self.written(storage, f"{directory}/f", data)) == data
 
+    def test_a_link_is_the_same_file(self, storage: Storage, directory: str) -> None:
+        path = self.written(storage, f"{directory}/f", b"some bytes")
+        version = storage.version(path)
+        link = storage.link(path, f"{directory}/g")
+        if link is None:
+            pytest.skip("there are no links here")
+        assert self.read(storage, f"{directory}/g") == b"some bytes"
+        assert version is None or storage.version(f"{directory}/g") == storage.version(path) == version
+        link.close()
+        storage.remove(path)
+        assert self.read(storage, f"{directory}/g") == b"some bytes"
+        link.abort()
+        assert storage.list(directory) == []
+        assert storage.link(f"{directory}/missing", f"{directory}/h") is None
+
+    def test_a_version_is_that_of_the_content(self, storage: Storage, directory: str) -> None:
+        path = self.written(storage, f"{directory}/f", b"some bytes")
+        version = storage.version(path)
+        assert storage.version(path) == version
+        assert storage.version(f"{directory}/missing") is None
+        other = self.written(storage, f"{directory}/g", b"some other bytes")
+        storage.replace(other, path)
+        assert version is None or storage.version(path) != version
+
     def test_blocks_in_any_order(self, storage: Storage, directory: str) -> None:
         if storage.ordered:
             pytest.skip("offsets must ascend here")

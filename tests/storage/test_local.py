@@ -282,6 +282,31 @@ def test_a_file_system_without_o_direct(tmp_path: Path, monkeypatch: pytest.Monk
     assert os.listdir(tmp_path) == ["f"]
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="there is no O_DIRECT here")
+def test_memory_whose_pages_a_disk_cannot_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver's, mapped into the process: what the kernel answers then, and that the bytes go by way of a copy."""
+    lent = allocate_pages(8192)
+    lent[:] = np.arange(8192) % 251
+    moved = os.pwritev
+
+    def refuse(fd: int, buffers: Sequence[Buffer], offset: int) -> int:
+        if any(np.shares_memory(np.frombuffer(buffer, np.uint8), lent) for buffer in buffers):
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        return moved(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    file = LocalStorage().create(f"{tmp_path}/f", 8192, direct=True)
+    if file.alignment == 1:
+        pytest.skip("this file system has no O_DIRECT")
+    file.write_at(0, [lent[:4096].data, lent[4096:].data])
+    file.close()
+    assert Path(f"{tmp_path}/f").read_bytes() == lent.tobytes()
+    cached = LocalStorage().create(f"{tmp_path}/g", 8192)
+    with pytest.raises(Error, match="Bad address"):
+        cached.write_at(0, [lent.data])
+    cached.abort()
+
+
 def test_the_probe_leaves_nothing_and_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = LocalStorage()
     answer = storage.prefers_direct(os.fspath(tmp_path))

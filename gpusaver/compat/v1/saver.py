@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from gpusaver.metagraph.reading import saved_variables
 from gpusaver.metagraph.rewriting import encoded, with_scope, without_scope
 from gpusaver.metagraph.saver_nodes import Saveable, saver_nodes
 from gpusaver.pending import PendingSave
+from gpusaver.pipeline.commit import FileVersion
 from gpusaver.protos import MetaGraphDef, SaverDef
 from gpusaver.protos.convert import adopt
 from gpusaver.reader import CheckpointReader
@@ -35,10 +36,13 @@ from gpusaver.tensor import DataType
 clock = time.time
 
 
-class _Content(NamedTuple):
-    """What the native Saver writes into a `.meta` file."""
+class _Content:
+    """What the native Saver writes into a `.meta` file, as :class:`gpusaver.exporting.Description` tells it."""
 
-    data: bytes
+    written: FileVersion | None = None
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
 
     def content(self) -> bytes:
         return self.data
@@ -111,7 +115,7 @@ class Saver:
         self._saveables: list[Saveable] = []
         self._state: dict[str, Any] = {}
         self._native: _NativeSaver | None = None
-        self._meta_graph: tuple[Any, bytes] | None = None
+        self._meta_graph: tuple[Any, _Content] | None = None
         self._lock = threading.Lock()
         if saver_def is not None:
             self._take(checked_saver_def(saver_def))
@@ -249,7 +253,7 @@ class Saver:
         sess.check_open()
         self._check_graph(sess)
         step = _evaluated(sess, global_step)
-        meta_graph = _Content(self._encoded(strip_default_attrs)) if options["write_meta_graph"] else _Content(b"")
+        meta_graph = self._encoded(strip_default_attrs) if options["write_meta_graph"] else _Content(b"")
         if not self._saveables:
             return self._save_nothing(save_path, step, meta_graph, options)
         arrays = self._arrays(sess)
@@ -268,12 +272,13 @@ class Saver:
             path = meta_graph_file(prefix, options["meta_graph_suffix"])
             write_bytes(LocalStorage(), path, temporary_path(path, secrets.token_hex(8)), meta_graph.data)
 
-    def _encoded(self, strip_default_attrs: bool) -> bytes:
-        """The bytes of a `.meta` file; kept as long as nothing is added to graph or collections."""
+    def _encoded(self, strip_default_attrs: bool) -> _Content:
+        """Of a `.meta` file; kept as long as nothing is added to graph or collections."""
         items = tuple((key, *map(id, self._graph.get_collection(key))) for key in self._graph.get_all_collection_keys())
         key = (self._graph.version, items, strip_default_attrs)
         if self._meta_graph is None or self._meta_graph[0] != key:
-            self._meta_graph = key, encoded(self.export_meta_graph(strip_default_attrs=strip_default_attrs))
+            data = encoded(self.export_meta_graph(strip_default_attrs=strip_default_attrs))
+            self._meta_graph = key, _Content(data)
         return self._meta_graph[1]
 
     def _arrays(self, sess: BaseSession) -> dict[str, Any]:
