@@ -8,6 +8,7 @@ from typing import Any
 
 class _NullFile:
     alignment = 1
+    ordered = False
 
     def write_at(self, offset: int, buffers: Sequence[memoryview]) -> None: ...
 
@@ -27,9 +28,7 @@ class _NullLock:
 class NullStorage:
     """See :class:`gpusaver.storage.base.Storage`; nothing that was written can be opened."""
 
-    ordered = False
-
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
         return _NullFile()
 
     def prefers_direct(self, directory: str) -> bool:

@@ -12,7 +12,9 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from gpusaver.bundle import filenames
 from gpusaver.checkpoint_state import DEFAULT_STATE_FILENAME, PathLike, generate_checkpoint_state_proto
+from gpusaver.errors import NotFoundError
 from gpusaver.storage.base import Storage
+from gpusaver.storage.routing import check_url
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,6 +53,7 @@ def fs_path(path: Any, what: str) -> str:
     if not isinstance(path, str | bytes | os.PathLike):
         _refuse(f"{what}: expected str, bytes or PathLike", path)
     decoded = os.fsdecode(path)
+    check_url(decoded)
     if "\0" in decoded:
         raise ValueError(f"{what} {decoded!r} holds a NUL, which no file name can")
     return decoded
@@ -108,9 +111,13 @@ def make_directory(storage: Storage, directory: str, prefix: str) -> None:
     """Makes one missing level, as TensorFlow does: more would turn a mistyped path into a tree."""
     if storage.is_directory(directory):
         return
-    if not storage.is_directory(os.path.dirname(directory)) or storage.exists(directory):
-        raise ValueError(f"Parent directory of {prefix} doesn't exist, can't save.")
-    storage.make_directory(directory)
+    try:
+        if not storage.exists(directory):
+            storage.make_directory(directory)
+            return
+    except NotFoundError:
+        pass
+    raise ValueError(f"Parent directory of {prefix} doesn't exist, can't save.")
 
 
 def from_saver_def(saver_def: Any) -> tuple[int, float | None, bool]:

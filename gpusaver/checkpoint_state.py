@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING
 from gpusaver.bundle import filenames
 from gpusaver.bundle.table_writer import MAGIC
 from gpusaver.errors import Error, InvalidArgumentError, NotFoundError, ResourceExhaustedError
-from gpusaver.storage.base import Storage, new_token, read_bytes, write_bytes
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.base import ChangedError, Storage, new_token, read_bytes, write_bytes
+from gpusaver.storage.routing import RoutedStorage
 
 if TYPE_CHECKING:
     from gpusaver.protos import CheckpointState
@@ -51,6 +51,9 @@ _BACKSLASHES_LIMIT = 510
 
 #: Long enough for one that only looks whether the lock is free, too short to wait for a save.
 _REMOVAL_WAIT_SECONDS = 1.0
+
+#: Of replacing a state file that others replace at the same time.
+_ATTEMPTS = 20
 
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:\\|\\\\")
 
@@ -85,7 +88,7 @@ def get_checkpoint_state(
     Raises InvalidArgumentError (a ValueError) if the file parses but names no newest checkpoint, or if a resulting
     path is not valid UTF-8, which the message cannot hold.
     """
-    storage = storage or LocalStorage()
+    storage = storage or RoutedStorage()
     directory = os.fsdecode(checkpoint_dir)
     stored = _load(storage, directory, latest_filename)
     if stored is None:
@@ -110,7 +113,7 @@ def latest_checkpoint(
     Only the state file is asked: the directory is not searched, and older entries are no substitute.  Entries are
     followed, and errors raised, as in :func:`get_checkpoint_state`.
     """
-    storage = storage or LocalStorage()
+    storage = storage or RoutedStorage()
     directory = os.fsdecode(checkpoint_dir)
     stored = _load(storage, directory, latest_filename)
     if stored is None:
@@ -259,18 +262,24 @@ def update_checkpoint_state(
     listed under the path of the state file itself; NotFoundError if ``save_dir`` does not exist;
     FailedPreconditionError, naming the owner, if another process has kept the file's lock for ten seconds.
     """
-    storage = storage or LocalStorage()
-    with state_lock(save_dir, latest_filename, storage=storage):
-        write_state(
-            save_dir,
-            model_checkpoint_path,
-            all_model_checkpoint_paths,
-            latest_filename,
-            all_model_checkpoint_timestamps,
-            last_preserved_timestamp,
-            save_relative_paths=save_relative_paths,
-            storage=storage,
-        )
+    storage = storage or RoutedStorage()
+    listed = None if all_model_checkpoint_paths is None else list(all_model_checkpoint_paths)
+    times = None if all_model_checkpoint_timestamps is None else list(all_model_checkpoint_timestamps)
+
+    def replace(others: list[str]) -> None:
+        with state_lock(save_dir, latest_filename, storage=storage):
+            write_state(
+                save_dir,
+                model_checkpoint_path,
+                listed,
+                latest_filename,
+                times,
+                last_preserved_timestamp,
+                save_relative_paths=save_relative_paths,
+                storage=storage,
+            )
+
+    replace_state(save_dir, latest_filename, replace, storage=storage)
 
 
 @contextlib.contextmanager
@@ -281,6 +290,29 @@ def state_lock(save_dir: PathLike, latest_filename: PathLike | None = None, *, s
         yield
     finally:
         lock.release()
+
+
+def replace_state(
+    save_dir: PathLike,
+    latest_filename: PathLike | None,
+    replace: Callable[[list[str]], None],
+    *,
+    storage: Storage,
+) -> None:
+    """Calls ``replace(others)``, which takes the :func:`state_lock` and calls :func:`write_state`.
+
+    Where locks keep nobody out (object stores) the file may have been replaced by somebody else meanwhile.  Then it is
+    called again, ``others`` being the checkpoints that the file lists now: so of two who replace it at the same time
+    none loses what the other has just listed.
+    """
+    others: list[str] = []
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return replace(others)
+        except ChangedError:
+            state = get_checkpoint_state(save_dir, latest_filename, storage=storage)
+            others = [] if state is None else list(state.all_model_checkpoint_paths)
+    replace(others)
 
 
 def write_state(
@@ -361,7 +393,7 @@ def checkpoint_exists(checkpoint_prefix: PathLike, *, storage: Storage | None = 
     A V1 checkpoint is one file ``P``, or ``X-?????-of-NNNNN`` standing for the shards of ``X``.  A directory, the state
     file and the files of a V2 checkpoint are no prefixes.
     """
-    return _first_file(storage or LocalStorage(), os.fsdecode(checkpoint_prefix)) is not None
+    return _first_file(storage or RoutedStorage(), os.fsdecode(checkpoint_prefix)) is not None
 
 
 def get_checkpoint_mtimes(checkpoint_prefixes: Iterable[PathLike], *, storage: Storage | None = None) -> list[float]:
@@ -378,7 +410,7 @@ def checkpoint_times(
     """
     if isinstance(checkpoint_prefixes, str | bytes | os.PathLike):
         raise TypeError(f"expected a list of prefixes, found one path: {checkpoint_prefixes!r}")
-    storage = storage or LocalStorage()
+    storage = storage or RoutedStorage()
     found = []
     for prefix in map(os.fsdecode, checkpoint_prefixes):
         path = _first_file(storage, prefix)
@@ -399,7 +431,7 @@ def remove_checkpoint(
     file cannot be removed the others are removed all the same, then the first error is raised.  FailedPreconditionError
     if the checkpoint is just being saved anew.
     """
-    storage = storage or LocalStorage()
+    storage = storage or RoutedStorage()
     prefix = os.fsdecode(checkpoint_prefix)
     try:
         lock = storage.lock(filenames.lock_path(filenames.index_path(prefix)), wait_seconds=_REMOVAL_WAIT_SECONDS)

@@ -34,7 +34,7 @@ from gpusaver.errors import (
 from gpusaver.pipeline.check import bundle_problems
 from gpusaver.reader import not_a_prefix, read_table
 from gpusaver.storage.base import Storage
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.routing import RoutedStorage
 
 Result = TypeVar("Result")
 
@@ -50,7 +50,7 @@ def verify(prefix: PathLike, *, checksums: bool = True, storage: Storage | None 
     yielded as they are found, so ``next(verify(prefix), None)`` stops at the first.  A path that is no checkpoint is a
     problem as well.  Memory: a chunk of 8 MiB, the index, and the largest tensor of strings; a V1 checkpoint whole.
     """
-    storage = storage or LocalStorage()
+    storage = storage or RoutedStorage()
     path = os.fsdecode(prefix)
     try:
         if storage.exists(filenames.index_path(path)):
@@ -134,7 +134,7 @@ def first_sound(
     Damage is DataLossError, OutOfRangeError, InternalError (slices that overlap) and UnknownError (a disk that cannot
     be read); other errors too, if the files are not whole any more when looked at again.
     """
-    storage = storage or LocalStorage()
+    storage = storage or RoutedStorage()
     damaged: list[str] = []
     prefixes = candidates(os.fsdecode(directory), latest_filename, allow_outside=allow_outside, storage=storage)
     for prefix in prefixes:

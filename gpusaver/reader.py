@@ -24,7 +24,7 @@ from gpusaver.pipeline.assemble import Assembly, Target, allocate, cut, upload
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage, read_bytes
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.routing import RoutedStorage
 from gpusaver.tensor import DataType, TensorSlice, TensorSpec
 
 READ_THREADS = 2
@@ -52,7 +52,7 @@ class CheckpointReader:
 
     def __init__(self, save_path: PathLike, *, storage: Storage | None = None) -> None:
         self.prefix = os.fsdecode(save_path)
-        self._storage = storage or LocalStorage()
+        self._storage = storage or RoutedStorage()
         self._index: BundleIndex | None = None
         self._v1: V1Bundle | None = None
         if self._storage.exists(index_path(self.prefix)):
@@ -315,7 +315,7 @@ def load_checkpoint(ckpt_dir_or_file: PathLike, *, storage: Storage | None = Non
     Raises ValueError if the directory has none, NotFoundError if there is no such prefix.
     """
     path = os.fsdecode(ckpt_dir_or_file)
-    if (storage or LocalStorage()).is_directory(path):
+    if (storage or RoutedStorage()).is_directory(path):
         latest = latest_checkpoint(path, storage=storage)
         if latest is None:
             raise ValueError(f"Couldn't find 'checkpoint' file or checkpoints in given directory {path}")

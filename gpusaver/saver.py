@@ -24,6 +24,7 @@ from gpusaver.checkpoint_state import (
     checkpoint_exists,
     checkpoint_times,
     remove_checkpoint,
+    replace_state,
     state_lock,
     write_state,
 )
@@ -42,7 +43,7 @@ from gpusaver.restoring import RestoreReport, restore_leaves
 from gpusaver.retention import Retention
 from gpusaver.saving import Capture, Saving
 from gpusaver.storage.base import Storage
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.routing import RoutedStorage
 from gpusaver.variables import Leaf, check_variables_once, current_variables, flatten
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Saver:
         self._pad_step_number = pad_step_number
         self._save_relative_paths = save_relative_paths
         self._read_threads = 1 if restore_sequentially else READ_THREADS
-        self.storage = storage or LocalStorage()
+        self.storage = storage or RoutedStorage()
         self._clock = clock
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
         self._check_captures = check_captures
@@ -382,10 +383,12 @@ class Saver:
         retention = copy.copy(self._retention)  # taken over only if the state file could be written
         decision = retention.added(prefix, self._clock())
         directory = os.path.dirname(prefix)
-        try:
+
+        def replace(others: list[str]) -> None:
+            others = [path for path in others if path not in (*decision.listed, *decision.delete)]
             with state_lock(directory, state_name, storage=self.storage):
                 # Another Saver, or somebody by hand, may have deleted what is on this one's list.
-                listed = [path for path in decision.listed if checkpoint_exists(path, storage=self.storage)]
+                listed = [path for path in [*others, *decision.listed] if checkpoint_exists(path, storage=self.storage)]
                 write_state(
                     directory,
                     prefix,
@@ -397,6 +400,9 @@ class Saver:
                 self._retention = retention
                 for old in decision.delete:
                     self._remove(old, meta_graph_suffix)
+
+        try:
+            replace_state(directory, state_name, replace, storage=self.storage)
         except Error as error:
             error.add_note(f"The checkpoint {prefix} itself is complete; no state file lists it.")
             raise

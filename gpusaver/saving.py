@@ -128,7 +128,7 @@ class Saving:
                 save.sources,
                 commit.files if on_written is None else watched(commit.files, sum(layout.shard_nbytes), on_written),
                 self.slots,
-                1 if self._storage.ordered else threads,
+                1 if any(file.ordered for file in commit.files) else threads,
                 on_recorded=pending.mark_recorded,
                 on_staged=pending.mark_captured,
                 cancelled=pending.cancel_requested,

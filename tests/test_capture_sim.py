@@ -34,8 +34,8 @@ class SlowStorage(LocalStorage):
         self.opened = threading.Event()
         self.arrived = threading.Event()
 
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
-        file = super().create(path, nbytes, direct=direct)
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
+        file = super().create(path, nbytes, direct=direct, target=target)
         write_at = file.write_at
 
         def slow(offset: int, buffers: Any) -> None:

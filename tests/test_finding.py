@@ -289,8 +289,8 @@ class Lying(LocalStorage):
         self.kind = kind
         self.uncached: list[str] = []
 
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
-        file = super().create(path, nbytes, direct=direct)
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
+        file = super().create(path, nbytes, direct=direct, target=target)
         sync = file.sync
 
         def sync_and_change() -> None:

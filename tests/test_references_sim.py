@@ -306,13 +306,13 @@ def test_nothing_accumulates_over_saves(sim, tmp_path, small_chunks, capture):
 
 
 class FullStorage(LocalStorage):
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
         raise ResourceExhaustedError("full")
 
 
 class BrokenStorage(LocalStorage):
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
-        file = super().create(path, nbytes, direct=direct)
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
+        file = super().create(path, nbytes, direct=direct, target=target)
         file.write_at = fail_to_write  # type: ignore[method-assign]
         return file
 

@@ -20,6 +20,7 @@ from gpusaver.checkpoint_state import (
     checkpoint_exists,
     latest_checkpoint,
     remove_checkpoint,
+    replace_state,
     state_lock,
     write_state,
 )
@@ -341,6 +342,9 @@ class CheckpointManager:
 
         Requires: the lock is held, and the newest checkpoint is there.
         """
+        replace_state(self.directory, None, lambda _: self._apply_locked(managed), storage=self._storage)
+
+    def _apply_locked(self, managed: Managed) -> None:
         with state_lock(self.directory, storage=self._storage):
             there = tuple(c for c in managed.checkpoints if self._exists(c.name))
             managed = replace(managed, checkpoints=there)

@@ -28,7 +28,7 @@ from gpusaver.protos.convert import adopt
 from gpusaver.protos.graph_pb2 import NodeDef
 from gpusaver.protos.meta_graph_pb2 import MetaGraphDef, VariableDef
 from gpusaver.storage.base import Storage, read_bytes
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.routing import RoutedStorage
 from gpusaver.tensor import DataType, TensorSlice
 
 #: No message can be larger.
@@ -59,7 +59,7 @@ def read_meta_graph(meta_graph_or_file: Any, *, storage: Storage | None = None) 
             f"({type(meta_graph_or_file).__name__})"
         )
     path = os.fsdecode(meta_graph_or_file)
-    storage = storage or LocalStorage()
+    storage = storage or RoutedStorage()
     try:
         data = read_bytes(storage, path, limit=BINARY_LIMIT_BYTES)
     except NotFoundError as error:

@@ -8,7 +8,7 @@ from gpusaver.bundle.filenames import lock_path, temporary_path
 from gpusaver.protos.meta_graph_pb2 import MetaGraphDef
 from gpusaver.protos.saver_pb2 import SaverDef
 from gpusaver.storage.base import Storage, new_token, write_bytes
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.routing import RoutedStorage
 
 _NAMES = ("filename_tensor_name", "save_tensor_name", "restore_op_name")
 
@@ -18,7 +18,7 @@ def write_meta_graph(
 ) -> None:
     """Replaces the file atomically and durably.  Text leaves out what this library's messages do not know."""
     data = text_format.MessageToString(meta_graph).encode() if as_text else encoded(meta_graph)
-    storage = storage or LocalStorage()
+    storage = storage or RoutedStorage()
     lock = storage.lock(lock_path(path))
     try:
         write_bytes(storage, path, temporary_path(path, new_token()), data)

@@ -135,6 +135,7 @@ class Assembly:
     def run(self, slots: Slots, threads: int, *, verify_first: bool = False) -> None:
         """Reads and verifies everything, then delivers.
 
+        ``threads``: more take part where files have more ``parallel_reads``, unless it is 1.
         With ``verify_first`` all is read once before anything is written.  Raises DataLossError (``modified`` names the
         targets already touched), OutOfRangeError and NotFoundError for data files that are short or missing.
         """
@@ -145,6 +146,8 @@ class Assembly:
                 files[shard] = self._storage.open(self._data_path(shard))
                 stack.callback(files[shard].close)
                 self._sizes[shard] = files[shard].size
+            if threads > 1:
+                threads = max([threads, *(file.parallel_reads for file in files.values())])
             for reads in all_reads:
                 self._check_lengths(reads)
             if self._string_reads:

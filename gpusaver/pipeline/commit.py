@@ -86,7 +86,7 @@ class BundleCommit:
             is_direct = nbytes >= DIRECT_MIN_NBYTES if direct is None else direct and nbytes > 0
             if is_direct and direct is None:
                 is_direct = storage.prefers_direct(self._directory)
-            self.files.append(storage.create(self._temporary(path), nbytes, direct=is_direct))
+            self.files.append(storage.create(self._temporary(path), nbytes, direct=is_direct, target=path))
 
     def _temporary(self, path: str) -> str:
         return temporary_path(path, self._token)

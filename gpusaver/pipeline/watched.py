@@ -36,6 +36,7 @@ class _Meter:
 class _WatchedFile:
     def __init__(self, file: WritableFile, meter: _Meter) -> None:
         self.alignment = file.alignment
+        self.ordered = file.ordered
         self._file = file
         self._meter = meter
 

@@ -1,7 +1,7 @@
 """The narrow interface between gpusaver and whatever keeps files.
 
 Paths are ``str``.  Everything raises members of :mod:`gpusaver.errors`, never a bare OSError.  A storage object may
-be used from any thread; a file object too, unless :attr:`Storage.ordered` says that offsets must ascend.
+be used from any thread; a file object too, unless :attr:`WritableFile.ordered` says that offsets must ascend.
 """
 
 from __future__ import annotations
@@ -13,11 +13,19 @@ import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
-from gpusaver.errors import InvalidArgumentError, ResourceExhaustedError
+from gpusaver.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from gpusaver.tensor import Buffer
 
 #: How long a lock is waited for.  Only a save of that very prefix holds it longer, or a process that was stopped.
 LOCK_SECONDS = 10.0
+
+#: As in :mod:`gpusaver.bundle.filenames`: for storages that must know these names from others.
+TEMPORARY_SUFFIX = ".gpusaver-tmp"
+LOCK_SUFFIX = ".gpusaver-lock"
+
+
+class ChangedError(FailedPreconditionError):
+    """A file is not what it was when its lock was taken, because that keeps nobody out (``is_exclusive`` False)."""
 
 
 class WritableFile(Protocol):
@@ -26,6 +34,8 @@ class WritableFile(Protocol):
     #: Offsets, lengths and buffer addresses must be multiples of this (1: no demand).  Only the last write may end
     #: beyond the file's size: the excess is cut off by :meth:`sync`.
     alignment: int
+    #: True if offsets must ascend, from one thread at a time (object stores).  What is left out becomes zeros.
+    ordered: bool
 
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Writes the buffers one after the other from ``offset`` on.  All of it, or an error."""
@@ -42,6 +52,8 @@ class WritableFile(Protocol):
 
 class ReadableFile(Protocol):
     size: int
+    #: How many reads at a time are worth having.
+    parallel_reads: int
 
     def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Fills the buffers one after the other from ``offset`` on; OutOfRangeError if the file ends before."""
@@ -59,13 +71,13 @@ class Lock(Protocol):
 
 
 class Storage(Protocol):
-    #: True if files must be written in ascending offsets (object stores).
-    ordered: bool
-
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> WritableFile:
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> WritableFile:
         """A new file of ``nbytes`` bytes, space reserved; an existing ``path`` is an error.
 
         ``direct=True`` asks to bypass the page cache where that works; the file's ``alignment`` tells the outcome.
+        ``target``: the name that :meth:`replace` will give it, which no file has yet.  Where nothing can be renamed it
+        is written there at once (FailedPreconditionError if somebody else was faster), and what has a temporary name
+        and no target is kept in memory until then.
         """
 
     def prefers_direct(self, directory: str) -> bool:
@@ -101,10 +113,16 @@ class Storage(Protocol):
         """Base names in a directory, sorted; empty if it does not exist."""
 
     def make_directory(self, path: str) -> None:
-        """Creates the last level; nothing happens if it exists."""
+        """Creates the last level, where there are such things; nothing happens if it exists.
+
+        NotFoundError if there is no such parent.
+        """
 
     def replace(self, source: str, target: str) -> None:
-        """Renames atomically, replacing ``target``."""
+        """Renames atomically, replacing ``target``.
+
+        ChangedError if ``target`` is locked here, by a lock that keeps nobody out, and somebody else has replaced it.
+        """
 
     def remove(self, path: str) -> None:
         """Removes a file; nothing happens if it does not exist."""

@@ -92,6 +92,8 @@ def _octets(buffer: Buffer) -> memoryview:
 class LocalWritableFile:
     """See :class:`gpusaver.storage.base.WritableFile`."""
 
+    ordered = False
+
     def __init__(self, path: str, fd: int, nbytes: int, alignment: int) -> None:
         self.alignment = alignment
         self._path = path
@@ -138,6 +140,8 @@ class LocalWritableFile:
 class LocalReadableFile:
     """See :class:`gpusaver.storage.base.ReadableFile`."""
 
+    parallel_reads = 1
+
     def __init__(self, path: str, fd: int, size: int) -> None:
         self.size = size
         self._path = path
@@ -162,13 +166,11 @@ class LocalReadableFile:
 class LocalStorage:
     """See :class:`gpusaver.storage.base.Storage`.  Relative paths are relative to the current directory."""
 
-    ordered = False
-
     def __init__(self) -> None:
         self._direct: dict[int, bool] = {}
         self._lock = threading.Lock()
 
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> LocalWritableFile:
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> LocalWritableFile:
         with _translated("create", path):
             fd, alignment = _open_new(path, direct)
         try:

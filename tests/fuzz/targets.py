@@ -38,6 +38,8 @@ DATA_NBYTES = 4096
 
 
 class MemoryFile:
+    parallel_reads = 1
+
     def __init__(self, data: bytes) -> None:
         self.size = len(data)
         self._data = data
@@ -57,8 +59,6 @@ class MemoryFile:
 
 class MemoryStorage:
     """The reading half of a storage."""
-
-    ordered = False
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self._files = files

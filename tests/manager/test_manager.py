@@ -48,11 +48,11 @@ class Disk(LocalStorage):
         self.gate = threading.Event()
         self.gate.set()
 
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
         assert self.gate.wait(SECONDS)
         if self.error is not None and ".data-" in path:
             raise self.error(path)
-        return super().create(path, nbytes, direct=direct)
+        return super().create(path, nbytes, direct=direct, target=target)
 
     def lock(self, path: str, *, wait_seconds: float = 0.0) -> Any:
         return super().lock(path, wait_seconds=0.2)

@@ -210,10 +210,9 @@ def test_where_offsets_must_ascend_they_do(tmp_path: Path) -> None:
     written: dict[str, list[int]] = {}
 
     class Ordered(LocalStorage):
-        ordered = True
-
-        def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
-            file = super().create(path, nbytes, direct=direct)
+        def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
+            file = super().create(path, nbytes, direct=direct, target=target)
+            file.ordered = True
             write_at = file.write_at
 
             def note(offset: int, buffers: Any) -> None:

@@ -48,9 +48,9 @@ class GatedStorage(LocalStorage):
         if error is not None:
             raise error
 
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
         self._pass("create")
-        return super().create(path, nbytes, direct=direct)
+        return super().create(path, nbytes, direct=direct, target=target)
 
     def replace(self, source: str, target: str) -> None:
         self._pass("replace")

@@ -19,8 +19,8 @@ from gpusaver.storage.local import LocalStorage
 
 
 class SlowStorage(LocalStorage):
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
-        file = super().create(path, nbytes, direct=direct)
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
+        file = super().create(path, nbytes, direct=direct, target=target)
         if ".data-" in path and "k-1." not in path:
             print("under way", flush=True)
             time.sleep(0.5)

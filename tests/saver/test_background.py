@@ -233,7 +233,7 @@ def test_saves_from_several_threads_come_one_after_the_other(state: Any, tmp_pat
     lock = threading.Lock()
 
     class Counting(GatedStorage):
-        def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
+        def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
             nonlocal running, most
             if ".data-" in path:
                 with lock:
@@ -243,7 +243,7 @@ def test_saves_from_several_threads_come_one_after_the_other(state: Any, tmp_pat
             elif ".index" in path:
                 with lock:
                     running -= 1
-            return super().create(path, nbytes, direct=direct)
+            return super().create(path, nbytes, direct=direct, target=target)
 
     with gpusaver.Saver(state, storage=Counting(), max_to_keep=None) as saver:
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gpusaver.bundle import filenames
 from gpusaver.device.host import allocate_pages
 from gpusaver.errors import Error, InvalidArgumentError, NotFoundError, OutOfRangeError
-from gpusaver.storage.base import Buffer, Storage, WritableFile, read_bytes, write_bytes
+from gpusaver.storage import base
+from gpusaver.storage.base import Buffer, ChangedError, Storage, WritableFile, read_bytes, write_bytes
 from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.routing import RoutedStorage
 
 
 def aligned(data: bytes) -> memoryview:
@@ -36,6 +42,8 @@ class StorageContract:
 
     #: Whether files are asked for with ``direct=True``.
     direct = False
+    #: Whether it has directories, open files that outlive their names, and locks that keep others out.
+    is_file_system = True
 
     def written(self, storage: Storage, path: str, data: bytes, *, count: int = 3) -> str:
         file = storage.create(path, len(data), direct=self.direct)
@@ -78,7 +86,7 @@ class StorageContract:
         assert version is None or storage.version(path) != version
 
     def test_blocks_in_any_order(self, storage: Storage, directory: str) -> None:
-        if storage.ordered:
+        if not self.is_file_system:
             pytest.skip("offsets must ascend here")
         data = random.Random(2).randbytes(50_001)
         file = storage.create(f"{directory}/f", len(data), direct=self.direct)
@@ -90,7 +98,7 @@ class StorageContract:
         assert self.read(storage, f"{directory}/f") == data
 
     def test_blocks_from_several_threads(self, storage: Storage, directory: str) -> None:
-        if storage.ordered:
+        if not self.is_file_system:
             pytest.skip("offsets must ascend here")
         data = random.Random(4).randbytes(300_001)
         file = storage.create(f"{directory}/f", len(data), direct=self.direct)
@@ -151,8 +159,13 @@ class StorageContract:
         assert self.read(storage, path) == b"old"
 
     def test_a_file_in_a_missing_directory(self, storage: Storage, directory: str) -> None:
+        if not self.is_file_system:
+            self.written(storage, f"{directory}/missing/f", b"123")
+            return
         with pytest.raises(NotFoundError, match="missing"):
             storage.create(f"{directory}/missing/f", 3, direct=self.direct)
+        with pytest.raises(NotFoundError, match="missing"):
+            storage.make_directory(f"{directory}/missing/d")
 
     @pytest.mark.parametrize("moment", ["new", "written", "synced", "closed", "gone"])
     def test_abort(self, storage: Storage, directory: str, moment: str) -> None:
@@ -231,6 +244,8 @@ class StorageContract:
 
     def test_a_file_that_is_open_is_read_to_the_end(self, storage: Storage, directory: str) -> None:
         """A reader must not fall over a checkpoint that retention takes away."""
+        if not self.is_file_system:
+            pytest.skip("a removed object is gone at once")
         path = self.written(storage, f"{directory}/f", b"content")
         file = storage.open(path)
         storage.remove(path)
@@ -258,6 +273,101 @@ class StorageContract:
             read_bytes(storage, path, limit=0)
         assert read_bytes(storage, path, limit=1) == b"2"
 
+    @pytest.mark.parametrize("nbytes", [0, 5, 9 << 20])
+    def test_a_file_with_a_target(self, storage: Storage, directory: str, nbytes: int) -> None:
+        """As the data of a checkpoint are written."""
+        data = random.Random(6).randbytes(nbytes)
+        path, temporary = f"{directory}/k.data", f"{directory}/k.data.{'0' * 16}{base.TEMPORARY_SUFFIX}"
+        for outcome in ("aborted", "synced and aborted", "renamed"):
+            file = storage.create(temporary, nbytes, direct=self.direct, target=path)
+            for offset, block in blocks(data, file, 3):
+                file.write_at(offset, [block])
+            if outcome != "aborted":
+                file.sync()
+                file.close()
+                assert storage.exists(temporary)
+                assert self.read(storage, temporary) == data
+            if outcome == "renamed":
+                storage.replace(temporary, path)
+            file.abort()
+            assert not storage.exists(temporary)
+            assert storage.exists(path) == (outcome == "renamed")
+        assert self.read(storage, path) == data
+        assert storage.list(directory) == ["k.data"]
+
+    def test_what_is_not_written_is_zeros(self, storage: Storage, directory: str) -> None:
+        nbytes = 10 << 20
+        file = storage.create(f"{directory}/f", nbytes, direct=self.direct)
+        file.write_at(4096, [aligned(b"x" * 4096)])
+        file.write_at(9 << 20, [aligned(b"y" * 4096)])
+        file.sync()
+        file.close()
+        expected = bytearray(nbytes)
+        expected[4096:8192] = b"x" * 4096
+        expected[9 << 20 : (9 << 20) + 4096] = b"y" * 4096
+        assert self.read(storage, f"{directory}/f") == expected
+
+    def test_a_small_temporary_file(self, storage: Storage, directory: str) -> None:
+        """As an index is written."""
+        path, temporary = f"{directory}/k.index", f"{directory}/k.index.{'0' * 16}{base.TEMPORARY_SUFFIX}"
+        for outcome in ("aborted", "removed", "renamed"):
+            file = storage.create(temporary, 9)
+            file.write_at(0, [memoryview(b"1234"), memoryview(b"")])
+            file.write_at(4, [memoryview(b"56789")])
+            file.sync()
+            file.close()
+            assert storage.exists(temporary)
+            assert not storage.exists(path)
+            assert self.read(storage, temporary) == b"123456789"
+            if outcome == "aborted":
+                file.abort()
+            elif outcome == "removed":
+                storage.remove(temporary)
+            else:
+                storage.replace(temporary, path)
+            assert not storage.exists(temporary)
+        file.abort()
+        assert self.read(storage, path) == b"123456789"
+        assert storage.list(directory) == ["k.index"]
+
+    def test_of_two_writers_one_is_kept_out_or_told(self, storage: Storage, other: Storage, directory: str) -> None:
+        path, temporary = f"{directory}/f", f"{directory}/f.{'0' * 16}{base.TEMPORARY_SUFFIX}"
+        for content in (None, b"old"):  # the file is not there, or is there
+            if content is not None:
+                write_bytes(storage, path, temporary, content)
+            lock = storage.lock(filenames.lock_path(path))
+            if lock.is_exclusive:
+                with pytest.raises(Error, match=path):
+                    other.lock(filenames.lock_path(path), wait_seconds=0)
+                lock.release()
+                continue
+            with locked(other, path):
+                write_bytes(other, path, temporary, b"of the other")
+            for _ in range(2):
+                with pytest.raises(ChangedError, match=path):
+                    write_bytes(storage, path, temporary, b"of this")
+            assert self.read(storage, path) == b"of the other"
+            lock.release()
+            with locked(storage, path):  # its own writes are no news to it
+                for number in range(3):
+                    write_bytes(storage, path, temporary, b"%d" % number)
+            assert self.read(other, path) == b"2"
+            storage.remove(path)
+
+
+@contextlib.contextmanager
+def locked(storage: Storage, path: str) -> Iterator[None]:
+    lock = storage.lock(filenames.lock_path(path))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def test_the_names_that_storages_know() -> None:
+    assert base.TEMPORARY_SUFFIX == filenames.TEMPORARY_SUFFIX
+    assert base.LOCK_SUFFIX == filenames.LOCK_SUFFIX
+
 
 class TestBuffered(StorageContract):
     @pytest.fixture
@@ -265,8 +375,60 @@ class TestBuffered(StorageContract):
         return LocalStorage()
 
     @pytest.fixture
+    def other(self) -> Storage:
+        return LocalStorage()
+
+    @pytest.fixture
     def directory(self, tmp_path: Path) -> str:
         return os.fspath(tmp_path)
+
+
+class TestMemory(StorageContract):
+    is_file_system = False
+    _numbers = itertools.count()
+
+    @pytest.fixture
+    def storage(self) -> Storage:
+        pytest.importorskip("obstore")
+        return RoutedStorage()
+
+    @pytest.fixture
+    def other(self, storage: Storage) -> Storage:
+        return RoutedStorage()
+
+    @pytest.fixture
+    def directory(self) -> str:
+        return f"memory://contract/{next(self._numbers)}"
+
+
+class TestS3(TestMemory):
+    @pytest.fixture
+    def directory(self, s3: str) -> str:
+        return f"s3://bucket/contract/{os.getpid()}-{next(self._numbers)}"
+
+
+class TestObstoreFiles(TestMemory):
+    """A store without conditional updates."""
+
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        store = pytest.importorskip("obstore").store.LocalStore(tmp_path)
+        return pytest.importorskip("gpusaver.storage.object_store").ObjectStorage("memory://files", store)
+
+    @pytest.fixture
+    def directory(self) -> str:
+        return "memory://files/d"
+
+    def test_of_two_writers_one_is_kept_out_or_told(
+        self, storage: Storage, other: Storage, directory: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path, temporary = f"{directory}/f", f"{directory}/f.{'0' * 16}{base.TEMPORARY_SUFFIX}"
+        for content in (b"1", b"2", b"3"):
+            with locked(storage, path):
+                write_bytes(storage, path, temporary, content)
+        assert self.read(storage, path) == b"3"
+        (record,) = caplog.records
+        assert "no conditional writes" in record.getMessage()
 
 
 class TestDirect(TestBuffered):

@@ -23,7 +23,7 @@ from gpusaver.protos import MetaGraphDef
 from gpusaver.protos.convert import adopt
 from gpusaver.protos.graph_pb2 import GraphDef
 from gpusaver.protos.meta_graph_pb2 import VariableDef
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.routing import RoutedStorage
 
 _log = logging.getLogger("gpusaver")
 _UNBOUND = "$unbound_inputs_"
@@ -76,7 +76,7 @@ def export_meta_graph(
         _export_collection(graph, meta_graph, key, export_scope, scoped if clear_extraneous_savers else None)
     if filename is not None:
         path = os.fsdecode(filename)
-        make_directory(LocalStorage(), os.path.dirname(path), path)
+        make_directory(RoutedStorage(), os.path.dirname(path), path)
         write_meta_graph(meta_graph, path, as_text=as_text)
     return meta_graph
 

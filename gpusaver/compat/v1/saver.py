@@ -29,7 +29,7 @@ from gpusaver.protos.convert import adopt
 from gpusaver.reader import CheckpointReader
 from gpusaver.retention import Retention
 from gpusaver.storage.base import write_bytes
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.routing import RoutedStorage
 from gpusaver.tensor import DataType
 
 #: Seconds since the epoch, for retention.
@@ -270,7 +270,7 @@ class Saver:
         if options["write_meta_graph"]:
             prefix = checkpoint_prefix(save_path, step, padded=self._options["pad_step_number"])
             path = meta_graph_file(prefix, options["meta_graph_suffix"])
-            write_bytes(LocalStorage(), path, temporary_path(path, secrets.token_hex(8)), meta_graph.data)
+            write_bytes(RoutedStorage(), path, temporary_path(path, secrets.token_hex(8)), meta_graph.data)
 
     def _encoded(self, strip_default_attrs: bool) -> _Content:
         """Of a `.meta` file; kept as long as nothing is added to graph or collections."""

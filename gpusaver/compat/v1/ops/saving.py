@@ -16,7 +16,7 @@ from gpusaver.errors import InvalidArgumentError
 from gpusaver.reader import CheckpointReader
 from gpusaver.saver import save
 from gpusaver.storage.base import read_bytes, write_bytes
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.routing import RoutedStorage
 from gpusaver.tensor import TensorSlice
 from gpusaver.variables import PartitionedVariable
 
@@ -121,7 +121,7 @@ op(
 
 
 def _merge(run: Any, node: Any, prefixes: Any, destination: Any) -> tuple[()]:
-    storage, sources, target = LocalStorage(), texts(prefixes), text(destination)
+    storage, sources, target = RoutedStorage(), texts(prefixes), text(destination)
     paths = [index_path(source) for source in sources]
     indexes = [BundleIndex(read_bytes(storage, path), path) for path in paths]
     merged = merge_indexes(indexes)

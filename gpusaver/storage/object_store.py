@@ -1,0 +1,524 @@
+"""Objects of S3, Google Cloud Storage, Azure and what speaks like them, and of this process's memory, by obstore.
+
+Here a file appears whole or not at all, nothing can be renamed, and nobody can be kept out.  What the rest of gpusaver
+does on a file system becomes::
+
+    data file, temporary, with a target    the target is claimed (created, if it is not there); chunks go up in one
+                                           streamed multipart put, which ends, and takes the claim's place, with sync()
+    other temporary file, then replace()   kept in memory; put by replace()
+    lock(X), then replace(..., X)          the version of X is noted; X is replaced on condition that it still has that
+                                           version, else ChangedError: of two writers one learns of the other
+    release(), sync_directory()            nothing
+
+A put on condition whose answer got lost is told from one that was refused by its content.  Errors name the path, and of
+obstore's text only what cannot hold a secret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import obstore
+from obstore import exceptions
+from obstore.store import MemoryStore, from_url
+
+from gpusaver.errors import (
+    Error,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    OutOfRangeError,
+    PermissionDeniedError,
+    UnimplementedError,
+    UnknownError,
+)
+from gpusaver.storage.base import LOCK_SECONDS, LOCK_SUFFIX, TEMPORARY_SUFFIX, ChangedError, new_token
+from gpusaver.storage.upload import Upload
+from gpusaver.tensor import Buffer
+
+#: Parts of a multipart put: S3 takes 10,000, of at least 5 MiB and at most 5 GiB.
+PART_NBYTES = 8 << 20
+MAX_PARTS = 10_000
+#: Of parts under way, for each file that is being written.
+_IN_FLIGHT_NBYTES = 64 << 20
+#: Larger objects cannot be copied by one request (S3).
+COPY_LIMIT_NBYTES = 5 << 30
+
+#: obstore repeats what fails, by default ten times and for three minutes, and waits 30 s for an answer; but not puts on
+#: condition whose answer is lost.
+_ATTEMPTS = 6
+_FIRST_DELAY_SECONDS = 0.1
+_RETRY_SECONDS = 180.0
+
+_log = logging.getLogger("gpusaver")
+
+#: A put replaces whatever is there, is refused if anything is, or if it is not this version.
+Condition = Literal["overwrite", "create"] | dict[str, str]
+
+_KINDS: list[tuple[type[Exception], type[Error]]] = [
+    (FileNotFoundError, NotFoundError),
+    (exceptions.AlreadyExistsError, ChangedError),
+    (exceptions.PreconditionError, ChangedError),
+    (exceptions.PermissionDeniedError, PermissionDeniedError),
+    (exceptions.UnauthenticatedError, PermissionDeniedError),
+    (exceptions.NotSupportedError, UnimplementedError),
+    (NotImplementedError, UnimplementedError),
+    (exceptions.InvalidPathError, InvalidArgumentError),
+    (exceptions.UnknownConfigurationKeyError, InvalidArgumentError),
+    (exceptions.BaseError, UnknownError),
+    (ValueError, InvalidArgumentError),  # the path is none
+    (OSError, UnknownError),
+]
+_FOREIGN = tuple({foreign for foreign, _ in _KINDS})
+
+#: obstore's threads are not in a forked child: there, every call would hang.
+_process = os.getpid()
+
+
+def _text(error: Exception) -> str:
+    """What obstore says, without what follows: the request with its headers, the server's answer, signatures."""
+    full = str(error)
+    code = re.search(r"<Code>(\w{1,80})</Code>", full)
+    line = full.partition("\n")[0].partition("<?xml")[0]
+    line = re.sub(r"//[^/@\s]*@", "//", line)
+    line = re.sub(r"\?\S*", "", line).strip().rstrip(":")
+    for name, value in os.environ.items():
+        if len(value) >= 8 and re.search(r"SECRET|TOKEN|KEY|PASSWORD|CREDENTIAL|SAS", name.upper()):
+            line = line.replace(value, "***")
+    return f"{line[:400]} ({code[1]})" if code else line[:400]
+
+
+@contextlib.contextmanager
+def _translated(action: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except Error:
+        raise
+    except _FOREIGN as error:
+        kind = next(kind for foreign, kind in _KINDS if isinstance(error, foreign))
+        # Not "from error": tracebacks would print all of it.
+        raise kind(f"cannot {action} {path}: {_text(error)}") from None
+
+
+class VersionLock:
+    """See :class:`gpusaver.storage.base.Lock`.  Keeps nobody out: knows what was there when it was taken."""
+
+    is_exclusive = False
+
+    def __init__(self, condition: Condition, forget: Callable[[VersionLock], None]) -> None:
+        self.condition = condition
+        self._forget = forget
+
+    def release(self) -> None:
+        self._forget(self)
+
+
+class KeptFile:
+    """A small file in memory, until :meth:`ObjectStorage.replace` puts it."""
+
+    alignment = 1
+    ordered = False
+
+    def __init__(self, nbytes: int, forget: Callable[[], None]) -> None:
+        self.content = bytearray(nbytes)
+        self.target: str | None = None
+        self._forget = forget
+
+    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        for buffer in buffers:
+            self.content[offset : offset + buffer.nbytes] = _octets(buffer)
+            offset += buffer.nbytes
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self._forget()
+
+
+class UploadedFile:
+    """An object under way to its key, which is claimed.  See :class:`gpusaver.storage.base.WritableFile`."""
+
+    alignment = 1
+    ordered = True
+
+    def __init__(self, storage: ObjectStorage, path: str, target: str, nbytes: int) -> None:
+        self.target = target
+        self._storage = storage
+        self._path = path
+        self._nbytes = nbytes
+        self._position = 0
+        self._parts: list[bytes] = []
+        self._upload: Upload | None = None
+        self._state: Literal["open", "complete", "gone"] = "open"
+        storage.claim(target)
+        if nbytes > PART_NBYTES:
+            self._upload = Upload(lambda parts: storage.put_parts(target, parts, nbytes))
+
+    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self._state != "open" or offset < self._position:
+            raise InternalError(f"{self.target}: offset {offset} after byte {self._position}, or after sync()")
+        self._fill_up_to(offset)
+        self._add(b"".join(map(_octets, buffers)))
+
+    def _fill_up_to(self, offset: int) -> None:
+        while self._position < offset:
+            self._add(bytes(min(offset - self._position, PART_NBYTES)))
+
+    def _add(self, part: bytes) -> None:
+        self._position += len(part)
+        if self._upload is None:
+            self._parts.append(part)
+        elif part:
+            self._upload.add(part)
+
+    def sync(self) -> None:
+        if self._state != "open":
+            return
+        self._fill_up_to(self._nbytes)
+        if self._upload is not None:
+            self._upload.finish()
+        else:
+            self._storage.put(self.target, b"".join(self._parts), "overwrite")
+            self._parts.clear()
+        self._state = "complete"
+
+    def close(self) -> None:
+        self.sync()
+
+    def abort(self) -> None:
+        if self._state == "gone":
+            return
+        self.keep()
+        if self._upload is not None:
+            self._upload.abandon()
+        with contextlib.suppress(Error):
+            self._storage.remove(self.target)
+
+    def keep(self) -> None:
+        """It has its name: from now on the object is nobody's to take back."""
+        self._state = "gone"
+        self._storage.forget(self._path)
+
+
+class ReadableObject:
+    """See :class:`gpusaver.storage.base.ReadableFile`.  UnknownError if the object was replaced meanwhile."""
+
+    parallel_reads = 8
+
+    def __init__(self, storage: ObjectStorage, path: str, size: int, e_tag: str | None) -> None:
+        self.size = size
+        self._storage = storage
+        self._path = path
+        self._e_tag = e_tag
+
+    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        if not wanted:
+            return
+        if offset + wanted > self.size:
+            raise OutOfRangeError(
+                f"{self._path} ends at byte {self.size}: expected {wanted} at offset {offset}. The file was cut short"
+            )
+        data = self._storage.get_range(self._path, offset, wanted, self._e_tag)
+        position = 0
+        for buffer in buffers:
+            _octets(buffer)[:] = data[position : position + buffer.nbytes]
+            position += buffer.nbytes
+
+    def close(self) -> None:
+        pass
+
+
+class _ReadableMemory:
+    parallel_reads = 1
+
+    def __init__(self, path: str, content: bytes) -> None:
+        self.size = len(content)
+        self._path = path
+        self._content = memoryview(content)
+
+    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        for buffer in buffers:
+            if offset + buffer.nbytes > self.size:
+                raise OutOfRangeError(f"{self._path} ends at byte {self.size}")
+            _octets(buffer)[:] = self._content[offset : offset + buffer.nbytes]
+            offset += buffer.nbytes
+
+    def close(self) -> None:
+        pass
+
+
+class ObjectStorage:
+    """See :class:`gpusaver.storage.base.Storage`.  Paths are URLs below ``root``: ``s3://bucket``, ``gs://bucket``,
+    ``az://container``, ``memory://name``.
+
+    ``store``: an object of :mod:`obstore.store` that holds the keys, for options that environment variables do not
+    give; without it one is made for ``root``, with credentials and endpoint as obstore finds them.
+    """
+
+    def __init__(self, root: str, store: Any = None) -> None:
+        self._root = root
+        self._store = store if store is not None else _open_store(root, hash(frozenset(os.environ.items())))
+        self._locks: dict[str, VersionLock] = {}
+        #: By temporary name: files that have not got their names yet.
+        self._unnamed: dict[str, KeptFile | UploadedFile] = {}
+        self._has_warned = False
+
+    # -- requests
+
+    def _key(self, path: str) -> str:
+        if os.getpid() != _process:
+            raise FailedPreconditionError(
+                f"{path}: object stores cannot be used in a forked child; start processes by 'spawn' or 'forkserver'"
+            )
+        if not (path + "/").startswith(self._root + "/"):
+            raise InvalidArgumentError(f"{path} is not below {self._root}")
+        return re.sub("/+", "/", path[len(self._root) :]).strip("/")
+
+    def _head(self, path: str) -> Any:
+        with _translated("look at", path):
+            return obstore.head(self._store, self._key(path))
+
+    def get_range(self, path: str, start: int, nbytes: int, e_tag: str | None) -> memoryview:
+        options: Any = {"range": (start, start + nbytes)}
+        if e_tag is not None:
+            options["if_match"] = e_tag
+        try:
+            with _translated("read", path):
+                data = obstore.get(self._store, self._key(path), options=options).bytes()
+        except ChangedError as error:
+            raise UnknownError(f"{error}. It was replaced while it was being read: open it again") from None
+        found = memoryview(data)
+        if found.nbytes != nbytes:
+            raise OutOfRangeError(f"{path}: expected {nbytes} bytes at offset {start}, found {found.nbytes}")
+        return found
+
+    def put_parts(self, path: str, parts: Iterator[bytes], nbytes: int) -> None:
+        """One streamed put; an error that ``parts`` raises ends it, and comes out."""
+        part_nbytes = part_size(nbytes)
+        with _translated("write", path):
+            obstore.put(
+                self._store,
+                self._key(path),
+                parts,
+                use_multipart=True,
+                chunk_size=part_nbytes,
+                max_concurrency=max(2, _IN_FLIGHT_NBYTES // part_nbytes),
+            )
+
+    def put(self, path: str, data: bytes, condition: Condition) -> Condition:
+        """Returns the condition that is true from now on.
+
+        ChangedError if something else is there; UnknownError leaves open whether it was put.
+        """
+        if condition == "overwrite":
+            with _translated("write", path):
+                return _version(obstore.put(self._store, self._key(path), data, use_multipart=False))
+        delay, deadline = _FIRST_DELAY_SECONDS, time.monotonic() + _RETRY_SECONDS
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                with _translated("write", path):
+                    mode = cast(Any, condition)
+                    return _version(obstore.put(self._store, self._key(path), data, mode=mode, use_multipart=False))
+            except ChangedError:
+                # The put that was refused may be the second of one whose answer was lost.
+                if (found := self._version_of(path, data)) is not None:
+                    return found
+                raise
+            except UnimplementedError:
+                self._warn_once()
+                return self.put(path, data, "overwrite")
+            except UnknownError:
+                with contextlib.suppress(Error):
+                    if (found := self._version_of(path, data)) is not None:
+                        return found
+                if attempt == _ATTEMPTS or time.monotonic() + delay > deadline:
+                    raise
+            time.sleep(delay)
+            delay *= 2
+        raise AssertionError
+
+    def _version_of(self, path: str, data: bytes) -> Condition | None:
+        """The version of what is there, if that is this."""
+        try:
+            with _translated("read", path):
+                found = obstore.get(self._store, self._key(path))
+                return _version(found.meta) if found.meta["size"] == len(data) and found.bytes() == data else None
+        except NotFoundError:
+            return None
+
+    def _warn_once(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "%s has no conditional writes; two Savers with one prefix would disturb each other", self._root
+            )
+
+    def claim(self, path: str) -> None:
+        """Makes sure that no other writer, of any process, will write this object."""
+        try:
+            self.put(path, f"claimed by a gpusaver that is writing it: {new_token()}\n".encode(), "create")
+        except ChangedError:
+            raise FailedPreconditionError(
+                f"cannot create {path}: it is there already, perhaps of another Saver that is writing the same prefix"
+            ) from None
+
+    # -- Storage
+
+    def create(
+        self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None
+    ) -> KeptFile | UploadedFile:
+        file: KeptFile | UploadedFile
+        if target is None and path.endswith(TEMPORARY_SUFFIX):
+            file = KeptFile(nbytes, lambda: self.forget(path))
+        else:
+            file = UploadedFile(self, path, target or path, nbytes)
+        if path.endswith(TEMPORARY_SUFFIX):
+            self._unnamed[path] = file
+        return file
+
+    def forget(self, path: str) -> None:
+        self._unnamed.pop(path, None)
+
+    def prefers_direct(self, directory: str) -> bool:
+        return False
+
+    def open(self, path: str, *, uncached: bool = False) -> ReadableObject | _ReadableMemory:
+        unnamed = self._unnamed.get(path)
+        if isinstance(unnamed, KeptFile):
+            return _ReadableMemory(path, bytes(unnamed.content))
+        where = path if unnamed is None else unnamed.target
+        found = self._head(where)
+        return ReadableObject(self, where, found["size"], found["e_tag"])
+
+    def exists(self, path: str) -> bool:
+        if path in self._unnamed:
+            return True
+        try:
+            return bool(self._key(path)) and self._head(path) is not None
+        except NotFoundError:
+            return False
+
+    def is_directory(self, path: str) -> bool:
+        """Whether there is an object below; the root is one always."""
+        key = self._key(path)
+        if not key:
+            return True
+        with _translated("list", path):
+            return any(obstore.list(self._store, prefix=key, chunk_size=1))
+
+    def modified_time(self, path: str) -> float:
+        return float(self._head(path)["last_modified"].timestamp())
+
+    def list(self, directory: str) -> list[str]:
+        key = self._key(directory)
+        with _translated("list", directory):
+            found = obstore.list_with_delimiter(self._store, prefix=key or None)
+        paths = [*(entry["path"] for entry in found["objects"]), *found["common_prefixes"]]
+        # Some servers have an object for the directory itself.
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths if path.strip("/") != key)
+
+    def make_directory(self, path: str) -> None:
+        """There are none, and none is missing."""
+
+    def replace(self, source: str, target: str) -> None:
+        file = self._unnamed.get(source)
+        if isinstance(file, KeptFile):
+            self._put_kept(source, file, target)
+        elif file is not None or source.endswith(TEMPORARY_SUFFIX):
+            # It is under its target since it was synced, by this process or another.
+            if not self.exists(target):
+                raise NotFoundError(f"cannot rename {source}: neither it nor {target} is there")
+            if file is not None:
+                file.keep()
+        else:
+            self.copy(source, target)
+            self.remove(source)
+
+    def _put_kept(self, source: str, file: KeptFile, target: str) -> None:
+        lock = self._locks.get(target)
+        try:
+            condition = self.put(target, bytes(file.content), lock.condition if lock is not None else "overwrite")
+        except UnknownError:
+            self.forget(source)  # for it may be there
+            raise
+        if lock is not None:
+            lock.condition = condition
+        self.forget(source)
+
+    def copy(self, source: str, target: str) -> None:
+        """By the server, whole or not at all.  UnimplementedError beyond what it copies at once."""
+        if (nbytes := self._head(source)["size"]) > COPY_LIMIT_NBYTES:
+            raise UnimplementedError(f"cannot copy {source}: {nbytes} bytes, one request copies {COPY_LIMIT_NBYTES}")
+        with _translated(f"copy {source} to", target):
+            obstore.copy(self._store, self._key(source), self._key(target))
+
+    def remove(self, path: str) -> None:
+        unnamed = self._unnamed.pop(path, None)
+        if isinstance(unnamed, KeptFile):
+            return
+        with contextlib.suppress(NotFoundError), _translated("remove", path):
+            obstore.delete(self._store, self._key(path if unnamed is None else unnamed.target))
+
+    def sync_directory(self, path: str) -> None:
+        pass
+
+    def lock(self, path: str, *, wait_seconds: float = LOCK_SECONDS) -> VersionLock:
+        """Never waits: see the head of the module."""
+        target = path.removesuffix(LOCK_SUFFIX)
+        condition: Condition = "create"
+        with contextlib.suppress(NotFoundError):
+            condition = _version(self._head(target))
+
+        def forget(lock: VersionLock) -> None:
+            if self._locks.get(target) is lock:
+                del self._locks[target]
+
+        self._locks[target] = VersionLock(condition, forget)
+        return self._locks[target]
+
+    def free_nbytes(self, directory: str) -> int | None:
+        return None
+
+
+def part_size(nbytes: int) -> int:
+    """Of the parts of an upload of ``nbytes`` bytes: whole MiB, 8 where that gives no more than 10,000."""
+    needed = -(-nbytes // MAX_PARTS)
+    return max(PART_NBYTES, -(-needed // (1 << 20)) << 20)
+
+
+def _version(found: Any) -> Condition:
+    """Of the answer to a put or to a head."""
+    version = {name: str(found[name]) for name in ("e_tag", "version") if found[name] is not None}
+    return version or "overwrite"
+
+
+def _octets(buffer: Buffer) -> memoryview:
+    return np.frombuffer(buffer, np.uint8).data if buffer.nbytes else memoryview(bytearray())
+
+
+@functools.lru_cache(maxsize=16)
+def _open_store(root: str, environment: int) -> Any:
+    """Kept: a store has its connections.  ``environment``: it depends on that too."""
+    if root.startswith("memory://"):
+        return _memory_store(root)
+    with _translated("open", root):
+        return from_url(root)
+
+
+@functools.cache
+def _memory_store(root: str) -> Any:
+    return MemoryStore()

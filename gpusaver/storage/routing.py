@@ -1,0 +1,123 @@
+"""Each path to the storage that keeps it: URLs to object stores, all others to the mounted file systems."""
+
+from __future__ import annotations
+
+import re
+
+from gpusaver.errors import UnimplementedError
+from gpusaver.storage.base import LOCK_SECONDS, Lock, ReadableFile, Storage, WritableFile
+from gpusaver.storage.local import LocalStorage
+
+_SCHEMES = ("s3", "gs", "az", "memory")
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)(.*)", re.DOTALL)
+_LOST_SLASH = re.compile(rf"({'|'.join(_SCHEMES)}):/[^/]")
+
+
+def check_url(path: str) -> None:
+    """ValueError for a URL that holds, or could hold, credentials, or that is none of ours; without repeating it.
+
+    Not one of our errors: those are logged here and there, with the path.
+    """
+    match = _URL.match(path)
+    if match is None:
+        if _LOST_SLASH.match(path):
+            raise ValueError(f"{path}: a URL has two slashes; pathlib takes one away, so pass a str")
+        return
+    scheme, place, key = match.groups()
+    if "@" in place or "?" in path or "#" in path:
+        raise ValueError(
+            f"{scheme}://...: user, password, query and fragment have no place in the URL of a checkpoint: credentials "
+            "come from the environment, files and services that obstore knows, e.g. AWS_ACCESS_KEY_ID"
+        )
+    if scheme == "file":
+        if place not in ("", "localhost") or not key:
+            raise ValueError(f"{path}: expected file:///directory/model.ckpt")
+    elif scheme not in _SCHEMES:
+        raise ValueError(f"{path}: expected {', '.join(f'{name}://' for name in (*_SCHEMES, 'file'))} or a path")
+    elif not place:
+        raise ValueError(f"{path}: expected {scheme}://<bucket or container>/model.ckpt")
+
+
+class RoutedStorage:
+    """See :class:`gpusaver.storage.base.Storage`.  Raises ValueError for URLs that :func:`check_url` refuses."""
+
+    def __init__(self) -> None:
+        self._local = LocalStorage()
+        self._stores: dict[str, Storage] = {}
+
+    def _find(self, path: str) -> tuple[Storage, str]:
+        """The storage, and the path that it knows."""
+        if ":/" not in path:
+            return self._local, path
+        check_url(path)
+        match = _URL.match(path)
+        if match is None:
+            return self._local, path
+        scheme, place, key = match.groups()
+        if scheme == "file":
+            return self._local, key
+        root = f"{scheme}://{place}"
+        if root not in self._stores:
+            self._stores[root] = _object_storage(root)
+        return self._stores[root], path
+
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> WritableFile:
+        storage, path = self._find(path)
+        return storage.create(path, nbytes, direct=direct, target=None if target is None else self._find(target)[1])
+
+    def prefers_direct(self, directory: str) -> bool:
+        storage, directory = self._find(directory)
+        return storage.prefers_direct(directory)
+
+    def open(self, path: str, *, uncached: bool = False) -> ReadableFile:
+        storage, path = self._find(path)
+        return storage.open(path, uncached=uncached)
+
+    def exists(self, path: str) -> bool:
+        storage, path = self._find(path)
+        return storage.exists(path)
+
+    def is_directory(self, path: str) -> bool:
+        storage, path = self._find(path)
+        return storage.is_directory(path)
+
+    def modified_time(self, path: str) -> float:
+        storage, path = self._find(path)
+        return storage.modified_time(path)
+
+    def list(self, directory: str) -> list[str]:
+        storage, directory = self._find(directory)
+        return storage.list(directory)
+
+    def make_directory(self, path: str) -> None:
+        storage, path = self._find(path)
+        storage.make_directory(path)
+
+    def replace(self, source: str, target: str) -> None:
+        storage, source = self._find(source)
+        storage.replace(source, self._find(target)[1])
+
+    def remove(self, path: str) -> None:
+        storage, path = self._find(path)
+        storage.remove(path)
+
+    def sync_directory(self, path: str) -> None:
+        storage, path = self._find(path)
+        storage.sync_directory(path)
+
+    def lock(self, path: str, *, wait_seconds: float = LOCK_SECONDS) -> Lock:
+        storage, path = self._find(path)
+        return storage.lock(path, wait_seconds=wait_seconds)
+
+    def free_nbytes(self, directory: str) -> int | None:
+        storage, directory = self._find(directory)
+        return storage.free_nbytes(directory)
+
+
+def _object_storage(root: str) -> Storage:
+    try:
+        from gpusaver.storage.object_store import ObjectStorage
+    except ImportError as error:
+        raise UnimplementedError(f"{root}: object stores need obstore: pip install 'gpusaver[remote]'") from error
+    return ObjectStorage(root)
