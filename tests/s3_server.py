@@ -52,25 +52,35 @@ def running(folder: Path, bucket: str = "bucket") -> Iterator[str]:
     command = [
         *(program, "-logtostderr=true", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"),
         *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}"),
-        *("-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=50"),
+        *(
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-master.telemetry=false",
+            "-master.volumeSizeLimitMB=64",
+            "-volume.max=50",
+        ),
         *(f"-filer.localSocket={folder}/filer.sock", f"-s3.localSocket={folder}/s3.sock"),
     ]
     with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+        # The shell's input ends with this process, however that ends.  Asked to end, the server takes half a minute.
+        shell = ["sh", "-c", '"$@" & read -r _; kill -9 $!', "sh", *command]
+        process = subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=folder)
     endpoint = f"http://127.0.0.1:{s3}"
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
                 request("PUT", f"{endpoint}/{bucket}")
+                request("PUT", f"{endpoint}/{bucket}/the-first-object-takes-seconds")
                 break
             except (OSError, urllib.error.URLError) as error:
-                if time.monotonic() > deadline or process.poll() is not None:
+                if time.monotonic() > deadline:
                     raise RuntimeError(f"no S3 server: {error}; {(folder / 'log').read_text()[-2000:]}") from error
                 time.sleep(0.1)
         yield endpoint
     finally:
-        process.kill()  # asked to end it takes half a minute
+        assert process.stdin is not None
+        process.stdin.close()
         process.wait()
 
 
@@ -87,7 +97,7 @@ def environment(endpoint: str) -> dict[str, str]:
 
 def request(method: str, url: str) -> bytes:
     asked = urllib.request.Request(url, method=method, data=b"" if method == "PUT" else None)
-    with urllib.request.urlopen(asked, timeout=10) as answer:
+    with urllib.request.urlopen(asked, timeout=30) as answer:
         return answer.read()
 
 

@@ -25,7 +25,7 @@ def check_url(path: str) -> None:
             raise ValueError(f"{path}: a URL has two slashes; pathlib takes one away, so pass a str")
         return
     scheme, place, key = match.groups()
-    if "@" in place or "?" in path or "#" in path:
+    if "@" in place or ":" in place or "?" in path or "#" in path:
         raise ValueError(
             f"{scheme}://...: user, password, query and fragment have no place in the URL of a checkpoint: credentials "
             "come from the environment, files and services that obstore knows, e.g. AWS_ACCESS_KEY_ID"
@@ -46,7 +46,7 @@ class RoutedStorage:
         self._local = LocalStorage()
         self._stores: dict[str, Storage] = {}
 
-    def _find(self, path: str) -> tuple[Storage, str]:
+    def _find(self, path: str, *, is_directory: bool = False) -> tuple[Storage, str]:
         """The storage, and the path that it knows."""
         if ":/" not in path:
             return self._local, path
@@ -58,6 +58,8 @@ class RoutedStorage:
         if scheme == "file":
             return self._local, key
         root = f"{scheme}://{place}"
+        if not (key or is_directory):
+            raise ValueError(f"{path} is a whole bucket or container; expected {root}/model.ckpt")
         if root not in self._stores:
             self._stores[root] = _object_storage(root)
         return self._stores[root], path
@@ -67,7 +69,7 @@ class RoutedStorage:
         return storage.create(path, nbytes, direct=direct, target=None if target is None else self._find(target)[1])
 
     def prefers_direct(self, directory: str) -> bool:
-        storage, directory = self._find(directory)
+        storage, directory = self._find(directory, is_directory=True)
         return storage.prefers_direct(directory)
 
     def open(self, path: str, *, uncached: bool = False) -> ReadableFile:
@@ -79,7 +81,7 @@ class RoutedStorage:
         return storage.exists(path)
 
     def is_directory(self, path: str) -> bool:
-        storage, path = self._find(path)
+        storage, path = self._find(path, is_directory=True)
         return storage.is_directory(path)
 
     def modified_time(self, path: str) -> float:
@@ -87,11 +89,11 @@ class RoutedStorage:
         return storage.modified_time(path)
 
     def list(self, directory: str) -> list[str]:
-        storage, directory = self._find(directory)
+        storage, directory = self._find(directory, is_directory=True)
         return storage.list(directory)
 
     def make_directory(self, path: str) -> None:
-        storage, path = self._find(path)
+        storage, path = self._find(path, is_directory=True)
         storage.make_directory(path)
 
     def replace(self, source: str, target: str) -> None:
@@ -103,7 +105,7 @@ class RoutedStorage:
         storage.remove(path)
 
     def sync_directory(self, path: str) -> None:
-        storage, path = self._find(path)
+        storage, path = self._find(path, is_directory=True)
         storage.sync_directory(path)
 
     def lock(self, path: str, *, wait_seconds: float = LOCK_SECONDS) -> Lock:
@@ -111,7 +113,7 @@ class RoutedStorage:
         return storage.lock(path, wait_seconds=wait_seconds)
 
     def free_nbytes(self, directory: str) -> int | None:
-        storage, directory = self._find(directory)
+        storage, directory = self._find(directory, is_directory=True)
         return storage.free_nbytes(directory)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 Fault = Literal["error", "drop", "lost", "stall"]
 
 #: Longer than the clients of these tests wait.
-STALL_SECONDS = 3.0
+STALL_SECONDS = 5.0
 
 
 class Proxy:
