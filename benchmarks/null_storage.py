@@ -46,7 +46,7 @@ class NullStorage:
     def version(self, path: str) -> None:
         return None
 
-    def link(self, source: str, target: str) -> None:
+    def link(self, source: str, path: str, *, target: str | None = None) -> None:
         return None
 
     def modified_time(self, path: str) -> float:

@@ -226,3 +226,23 @@ def test_the_plan_of_device_arrays_is_reused(sim, tmp_path, monkeypatch):
         assert saved() == ["a", "other"]
         variables["a"] = on_device(sim, np.arange(6, dtype=np.float32))
         assert saved() == ["a"]
+
+
+@pytest.mark.parametrize("capture", ["snapshot", "deferred", "blocking"])
+def test_devices_and_host_go_into_one_object(sim, monkeypatch, capture):
+    """Its offsets ascend, whichever device is the faster one."""
+    pytest.importorskip("obstore")
+    monkeypatch.setattr("gpusaver.pipeline.save.CHUNK_NBYTES", 64 * 1024)
+    variables = state(sim)
+    with sim.cupy.cuda.Device(1):
+        variables["other/big"] = on_device(sim, np.random.default_rng(1).random(200_000))
+    expected = contents(sim, variables)
+    with Saver(variables) as saver:
+        pending = saver.save_async(f"memory://sim/{capture}", capture=capture)
+        pending.fence()
+        prefix = pending.result()
+        change(variables, 7)
+        saver.restore(prefix)
+    assert contents(sim, variables) == expected
+    assert list(gpusaver.verify(prefix)) == []
+    sim.assert_quiescent()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -72,26 +73,32 @@ def write_chunks(
         return writer.checksums.finished()
     devices = [runtime for runtime, _ in staged if runtime is not HOST]
     ring = slots.ring(devices[0] if devices else HOST)
-    staging = Staging(staged, lambda chunk: _transfers(chunk, sources), writer.fill, ring, timeline)
-
-    def write(job: Chunk | Filled, slot: LazySlot) -> None:
-        if isinstance(job, Chunk):
-            writer.write_from_host(job, slot)
-            return
+    threads = min(threads, sum(layout.shard_nbytes) // CHUNK_NBYTES + 1)
+    # Where offsets must ascend, one owner comes after the other, as in the files.
+    groups = [[one] for one in staged] if any(file.ordered for file in files) else [staged]
+    for number, group in enumerate(groups, 1):
+        staging = Staging(group, lambda chunk: _transfers(chunk, sources), writer.fill, ring, timeline)
+        write = functools.partial(_write_job, writer, staging)
+        staging.start(on_recorded, unread.one_less)
         try:
-            writer.write_filled(job)
+            jobs: Iterator[Chunk | Filled] = staging.filled()
+            if number == len(groups):
+                jobs = itertools.chain(jobs, on_host)
+            work_off(jobs, write, slots, threads, on_error=staging.stop, timeline=timeline)
         finally:
-            staging.release(job)
-
-    staging.start(on_recorded, unread.one_less)
-    try:
-        jobs: Iterator[Chunk | Filled] = itertools.chain(staging.filled(), on_host)
-        threads = min(threads, sum(layout.shard_nbytes) // CHUNK_NBYTES + 1)
-        work_off(jobs, write, slots, threads, on_error=staging.stop, timeline=timeline)
-    finally:
-        staging.stop()
-        staging.join()
+            staging.stop()
+            staging.join()
     return writer.checksums.finished()
+
+
+def _write_job(writer: _Writer, staging: Staging, job: Chunk | Filled, slot: LazySlot) -> None:
+    if isinstance(job, Chunk):
+        writer.write_from_host(job, slot)
+        return
+    try:
+        writer.write_filled(job)
+    finally:
+        staging.release(job)
 
 
 class _Writer:

@@ -100,10 +100,11 @@ class Storage(Protocol):
         None if there is no such file, or no telling.
         """
 
-    def link(self, source: str, target: str) -> WritableFile | None:
-        """Makes ``target``, which does not exist, the same file as ``source``; None where that cannot be.
+    def link(self, source: str, path: str, *, target: str | None = None) -> WritableFile | None:
+        """Makes ``path``, which does not exist, the same file as ``source``, or one like it; None where that cannot be.
 
         It is complete, closed, and as durable as the source but for its name; ``abort`` removes that name.
+        ``target``: as for :meth:`create`.  Object stores copy, and only to a ``target``.
         """
 
     def modified_time(self, path: str) -> float:

@@ -117,6 +117,8 @@ class LocalWritableFile:
             self._is_padded = True
 
     def sync(self) -> None:
+        if self._fd < 0:  # closed, or a link
+            return
         with _translated("sync", self._path):
             if self._is_padded:
                 os.ftruncate(self._fd, self._nbytes)
@@ -222,12 +224,12 @@ class LocalStorage:
             return None
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    def link(self, source: str, target: str) -> LocalWritableFile | None:
+    def link(self, source: str, path: str, *, target: str | None = None) -> LocalWritableFile | None:
         try:
-            os.link(source, target)
+            os.link(source, path)
         except OSError:  # none is there, too many are, or the file system has no such thing
             return None
-        return LocalWritableFile(target, -1, 0, 1)
+        return LocalWritableFile(path, -1, 0, 1)
 
     def modified_time(self, path: str) -> float:
         with _translated("look at", path):

@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -166,6 +166,18 @@ class UploadedFile:
         storage.claim(target)
         if nbytes > PART_NBYTES:
             self._upload = Upload(lambda parts: storage.put_parts(target, parts, nbytes))
+
+    @classmethod
+    def copied(cls, storage: ObjectStorage, source: str, path: str, target: str) -> UploadedFile:
+        """One that is complete: the server has copied ``source``."""
+        file = cls(storage, path, target, 0)
+        try:
+            storage.copy(source, target)
+        except BaseException:
+            file.abort()
+            raise
+        file._state = "complete"
+        return file
 
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
         if self._state != "open" or offset < self._position:
@@ -419,6 +431,26 @@ class ObjectStorage:
             return True
         with _translated("list", path):
             return any(obstore.list(self._store, prefix=key, chunk_size=1))
+
+    def version(self, path: str) -> Hashable | None:
+        try:
+            found = self._head(path)
+        except Error:
+            return None
+        if found["e_tag"] is None and found["version"] is None:
+            return None
+        return found["e_tag"], found["version"], found["size"]
+
+    def link(self, source: str, path: str, *, target: str | None = None) -> UploadedFile | None:
+        """A copy that the server makes; None where one request cannot."""
+        if target is None:
+            return None
+        try:
+            file = UploadedFile.copied(self, source, path, target)
+        except (NotFoundError, UnimplementedError):
+            return None
+        self._unnamed[path] = file
+        return file
 
     def modified_time(self, path: str) -> float:
         return float(self._head(path)["last_modified"].timestamp())

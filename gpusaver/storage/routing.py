@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 
 from gpusaver.errors import UnimplementedError
 from gpusaver.storage.base import LOCK_SECONDS, Lock, ReadableFile, Storage, WritableFile
@@ -83,6 +84,16 @@ class RoutedStorage:
     def is_directory(self, path: str) -> bool:
         storage, path = self._find(path, is_directory=True)
         return storage.is_directory(path)
+
+    def version(self, path: str) -> Hashable | None:
+        storage, path = self._find(path)
+        return storage.version(path)
+
+    def link(self, source: str, path: str, *, target: str | None = None) -> WritableFile | None:
+        (storage, source), (other, path) = self._find(source), self._find(path)
+        if storage is not other:
+            return None
+        return storage.link(source, path, target=None if target is None else self._find(target)[1])
 
     def modified_time(self, path: str) -> float:
         storage, path = self._find(path)

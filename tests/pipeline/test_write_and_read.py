@@ -121,8 +121,8 @@ class Watching(LocalStorage):
         self.written: dict[int, list[Any]] = {}
         self.gate = threading.Event()
 
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> Any:
-        file = super().create(path, nbytes, direct=direct)
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
+        file = super().create(path, nbytes, direct=direct, target=target)
         write_at = file.write_at
 
         def note(offset: int, buffers: Any) -> None:

@@ -76,6 +76,26 @@ class StorageContract:
         assert storage.list(directory) == []
         assert storage.link(f"{directory}/missing", f"{directory}/h") is None
 
+    def test_a_link_with_a_target(self, storage: Storage, directory: str) -> None:
+        """As a data file that need not be written again."""
+        path = self.written(storage, f"{directory}/f", b"content")
+        target, temporary = f"{directory}/k.data", f"{directory}/k.data.{'0' * 16}{base.TEMPORARY_SUFFIX}"
+        for outcome in ("aborted", "renamed"):
+            link = storage.link(path, temporary, target=target)
+            if link is None:
+                pytest.skip("there are no links here")
+            link.sync()
+            link.close()
+            if outcome == "renamed":
+                storage.replace(temporary, target)
+            link.abort()
+            assert not storage.exists(temporary)
+            assert storage.exists(target) == (outcome == "renamed")
+        storage.remove(path)
+        assert self.read(storage, target) == b"content"
+        assert storage.link(f"{directory}/missing", temporary, target=f"{directory}/h") is None
+        assert storage.list(directory) == ["k.data"]
+
     def test_a_version_is_that_of_the_content(self, storage: Storage, directory: str) -> None:
         path = self.written(storage, f"{directory}/f", b"some bytes")
         version = storage.version(path)
