@@ -14,7 +14,7 @@ OUT ?= build/gpu-session
 
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help install demo test test-tf check test-gpu test-faults fuzz bench bench-gpu gpu-session bench-upload bench-damage nightly docs protos clean
+.PHONY: help install demo test test-tf check test-gpu test-faults fuzz bench bench-gpu gpu-session bench-upload bench-incremental bench-damage nightly docs protos clean
 .PHONY: active require-gpu require-tf
 
 SYSTEM := $(shell uname -sm)
@@ -192,6 +192,9 @@ fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS eac
 
 bench-upload: $(READY)  ## saves to an S3 server on loopback beside obstore's own put (Linux x86-64)
 	$(PY) benchmarks/bench_upload.py
+
+bench-incremental: $(READY)  ## saves of a state of which 90 % do not change
+	$(PY) benchmarks/bench_incremental.py
 
 bench-damage: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## damage and kill gpusaver, its peers and Orbax
 	$(BENCH_PY) benchmarks/damage_peers.py

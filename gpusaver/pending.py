@@ -44,8 +44,8 @@ class SaveReport:
     spans: tuple[Span, ...] = field(repr=False)
 
     def seconds(self, stage: str) -> float:
-        """How long at least one thread or device was busy with it: "plan", "capture", "copy", "checksum", "write",
-        "sync" or "commit".  Stages overlap."""
+        """How long at least one thread or device was busy with it: "plan", "capture", "copy", "compare", "checksum",
+        "write", "link", "sync" or "commit".  Stages overlap."""
         if stage not in STAGES:
             raise ValueError(f"stage: expected one of {', '.join(STAGES)}, found {stage!r}")
         return busy_seconds(self.spans, stage)
@@ -54,6 +54,11 @@ class SaveReport:
     def rate(self) -> float:
         """Of the whole save, until durable."""
         return self.nbytes / self.durable_seconds
+
+    @property
+    def linked_nbytes(self) -> int:
+        """Of data files that were not written, because the last save had written the same (``incremental``)."""
+        return sum(span.nbytes for span in self.spans if span.stage == "link")
 
     @property
     def copy_rate(self) -> float:

@@ -91,7 +91,10 @@ class Saver:
     ``direct_io``: None decides by directory and size, True or False for all.  ``strict``: every save is read again from
     the medium and verified before it replaces anything or counts as durable, DataLossError if it differs; it takes the
     time of a read.  (The system's cache is dropped for that; what a disk answers from memory of its own nobody can
-    tell.)  ``clock``: seconds since the epoch.
+    tell.)  ``incremental``: variables that do not change get data files of their own, and one that would hold what that
+    of the last save holds is not written: it is another name of the same file, or on object stores a copy made there.
+    Needs ``gpusaver[incremental]``.  ``"declared"``: the same, but variables with trainable=False are not hashed whole;
+    see docs/incremental.md.  ``clock``: seconds since the epoch.
 
     Methods may be called from any thread; saves come one after the other.  A context manager: leaving it closes.
 
@@ -118,6 +121,7 @@ class Saver:
         direct_io: bool | None = None,
         staging_bytes: int = 0,
         strict: bool = False,
+        incremental: bool | Literal["declared"] = False,
         check_captures: bool = False,
         storage: Storage | None = None,
         clock: Callable[[], float] = time.time,
@@ -140,7 +144,7 @@ class Saver:
         self._clock = clock
         self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
         self._check_captures = check_captures
-        self._saving = Saving(self.storage, direct_io, staging_bytes, strict=strict)
+        self._saving = Saving(self.storage, direct_io, staging_bytes, strict=strict, incremental=incremental)
         kept = self._retention.max_to_keep, self._retention.keep_checkpoint_every_n_hours
         self._options = SaverOptions(name, filename, sharded, reshape, *kept)
         self._description: Description | None = None
@@ -186,7 +190,7 @@ class Saver:
             self._check_open()
             if self._names is None:
                 raise RuntimeError("`build()` should be called before warmup if defer_build==True")
-            save = plan_save(self._leaves(), sharded=self._sharded, cached=self._plan)
+            save = self._planned(self._leaves())
             self._plan = save.plan
             self._saving.warm_up(save, directory)
 
@@ -301,7 +305,7 @@ class Saver:
         self._raise_earlier_error()
         leaves = self._leaves()
         with timeline.span("plan"):
-            save = plan_save(leaves, sharded=self._sharded, cached=self._plan)
+            save = self._planned(leaves)
         meta_graph = None
         if request.meta_graph_suffix is not None:
             meta_graph = meta_graph_file(prefix, request.meta_graph_suffix), self._describe(leaves, save.plan)
@@ -347,6 +351,10 @@ class Saver:
         self._pending = None  # not before it has ended: waiting may be interrupted
         if error is not None:
             raise error
+
+    def _planned(self, leaves: Sequence[Leaf]) -> Save:
+        frozen = self._saving.frozen(leaves)
+        return plan_save(leaves, sharded=self._sharded, cached=self._plan, frozen=frozen)
 
     def _leaves(self) -> list[Leaf]:
         leaves = flatten(self._var_list)
@@ -533,7 +541,7 @@ class Saver:
             if self._names is None:
                 raise RuntimeError("`build()` should be called before the variables are described if defer_build==True")
             leaves = self._leaves()
-            self._plan = plan_save(leaves, sharded=self._sharded, cached=self._plan).plan
+            self._plan = self._planned(leaves).plan
             return self._describe(leaves, self._plan)
 
     def _describe(self, leaves: Sequence[Leaf], plan: Plan) -> Description:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from gpusaver.device import HOST, Runtime
-from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
+from gpusaver.errors import DataLossError, FailedPreconditionError, ResourceExhaustedError
 from gpusaver.exporting import Description
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import DIRECT_MIN_NBYTES, BundleCommit, FileVersion, MetaFile
-from gpusaver.pipeline.plan import Item, Save
+from gpusaver.pipeline.incremental import Contents, Hashing, Incremental, WrittenFile, tensors_of
+from gpusaver.pipeline.plan import Item, Plan, Save
 from gpusaver.pipeline.preflight import Preflight
 from gpusaver.pipeline.save import Source, checksums_now, write_chunks
-from gpusaver.pipeline.watched import watched
+from gpusaver.pipeline.watched import Meter
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage
+from gpusaver.variables import Leaf
 
 _log = logging.getLogger("gpusaver")
 
@@ -34,10 +38,18 @@ _PINNED_SLOTS = 4
 class Saving:
     """Captures and writes, one save after the other; keeps slots, rings and snapshot memory between them.
 
-    ``direct_io``, ``staging_bytes`` and ``strict`` are the Saver's.
+    ``direct_io``, ``staging_bytes``, ``strict`` and ``incremental`` are the Saver's.
     """
 
-    def __init__(self, storage: Storage, direct_io: bool | None, staging_bytes: int, *, strict: bool) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        direct_io: bool | None,
+        staging_bytes: int,
+        *,
+        strict: bool,
+        incremental: bool | Literal["declared"],
+    ) -> None:
         self.slots = Slots(CHUNK_NBYTES, max(_PINNED_SLOTS, staging_bytes // CHUNK_NBYTES))
         self._storage = storage
         self._direct_io = direct_io
@@ -45,6 +57,13 @@ class Saving:
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
         self._preflight = Preflight(storage)
+        if incremental not in (False, True, "declared"):
+            raise ValueError(f"incremental: expected False, True or 'declared', found {incremental!r}")
+        self._incremental = Incremental(incremental) if incremental else None
+
+    def frozen(self, leaves: Iterable[Leaf]) -> frozenset[str]:
+        """Names of the variables that the next save puts into data files of their own."""
+        return frozenset() if self._incremental is None else self._incremental.frozen(leaves)
 
     def arrange(self, save: Save, directory: str) -> Save:
         """The same, laid out as the files in this directory are best written."""
@@ -117,27 +136,26 @@ class Saving:
         ``meta_graph``: the path of the `.meta` file, and what it says.  ``copies``: see :meth:`Preflight.check`.
         ``on_written(nbytes written, in total)`` is called from any thread.
         """
-        layout = save.plan.layout
-        self._preflight.check(pending.prefix, sum(layout.shard_nbytes), len(save.plan.items), copies)
-        commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
+        plan = save.plan
+        shard_nbytes = plan.layout.shard_nbytes
+        needed = sum(shard_nbytes)
+        if self._incremental is not None and self._incremental.has_files:
+            needed -= sum(shard_nbytes[shard] for shard in plan.frozen_shards)
+        self._preflight.check(pending.prefix, needed, len(plan.items), copies)
+        commit = BundleCommit(
+            self._storage, pending.prefix, shard_nbytes, direct=self._direct_io, later=plan.frozen_shards
+        )
         try:
-            is_staged = any(file.alignment > 1 for file in commit.files) or save.runtimes != [HOST]
-            threads = _STAGED_THREADS if is_staged else _THREADS
-            checksums = write_chunks(
-                layout,
-                save.sources,
-                commit.files if on_written is None else watched(commit.files, sum(layout.shard_nbytes), on_written),
-                self.slots,
-                1 if any(file.ordered for file in commit.files) else threads,
-                on_recorded=pending.mark_recorded,
-                on_staged=pending.mark_captured,
-                cancelled=pending.cancel_requested,
-                timeline=pending.timeline,
-            )
+            meter = Meter(sum(shard_nbytes), on_written)
+            contents: dict[int, Contents] = {}
+            if self._incremental is None or not plan.frozen_shards:
+                checksums = self._write_files(save, pending, commit, meter)
+            else:
+                checksums, contents = self._write_changed(self._incremental, save, pending, commit, meter)
             with pending.timeline.span("sync"):
                 commit.sync()
             checksums.update(save.string_checksums)
-            index = save.plan.index(commit.num_shards, checksums)
+            index = plan.index(commit.num_shards, checksums)
             meta = None
             if meta_graph is not None:
                 path, description = meta_graph
@@ -147,9 +165,81 @@ class Saving:
                 commit.publish(index, meta, strict=self._strict)
                 if meta is not None:
                     description.written = FileVersion(path, self._storage.version(path))
-        except BaseException:
+                if self._incremental is not None:
+                    self._remember(self._incremental, plan, commit, checksums, contents)
+        except BaseException as error:
+            if self._incremental is not None and isinstance(error, DataLossError):
+                self._incremental.forget_files()  # one of them may be what was read otherwise
             commit.abort()
             raise
+
+    def _write_files(
+        self,
+        save: Save,
+        pending: PendingSave,
+        commit: BundleCommit,
+        meter: Meter,
+        shards: Collection[int] | None = None,
+        *,
+        is_last: bool = True,
+    ) -> dict[int, int]:
+        """Writes all data files, or ``shards``; the checksums.  ``is_last``: then nothing is read any more."""
+        is_staged = any(file.alignment > 1 for file in commit.files) or save.runtimes != [HOST]
+        threads = _STAGED_THREADS if is_staged else _THREADS
+        return write_chunks(
+            save.plan.layout,
+            save.sources,
+            meter.watched(commit.files),
+            self.slots,
+            1 if any(file.ordered for file in commit.files) else threads,
+            shards=shards,
+            on_recorded=pending.mark_recorded if is_last else lambda _: None,
+            on_staged=pending.mark_captured if is_last else lambda: None,
+            cancelled=pending.cancel_requested,
+            timeline=pending.timeline,
+        )
+
+    def _write_changed(
+        self, incremental: Incremental, save: Save, pending: PendingSave, commit: BundleCommit, meter: Meter
+    ) -> tuple[dict[int, int], dict[int, Contents]]:
+        """The same, but frozen data files are linked where the last save has written their contents."""
+        layout, timeline, frozen = save.plan.layout, pending.timeline, save.plan.frozen_shards
+        hashing = Hashing(save, frozen, incremental.trusted(save.plan), self.slots, pending.cancel_requested, timeline)
+        try:
+            others = set(range(len(layout.shard_nbytes))) - frozen
+            checksums = self._write_files(save, pending, commit, meter, others, is_last=False)
+            contents = hashing.result()
+        finally:
+            hashing.stop()
+        linked: set[int] = set()
+        for shard in sorted(frozen):
+            found = incremental.find(contents[shard], self._storage)
+            begun_at = time.perf_counter()
+            if found is None or not commit.link(shard, found.file):
+                commit.create(shard)
+                continue
+            linked.add(shard)
+            nbytes = layout.shard_nbytes[shard]
+            timeline.add_span("link", threading.current_thread().name, begun_at, time.perf_counter(), nbytes)
+            meter.add(nbytes)
+            checksums.update(zip(tensors_of(layout, [shard]), found.checksums, strict=True))
+        checksums.update(self._write_files(save, pending, commit, meter, frozen - linked))
+        return checksums, contents
+
+    def _remember(
+        self,
+        incremental: Incremental,
+        plan: Plan,
+        commit: BundleCommit,
+        checksums: dict[int, int],
+        contents: dict[int, Contents],
+    ) -> None:
+        files = []
+        for shard, held in contents.items():
+            path = commit.paths[shard]
+            stored = tuple(checksums[tensor] for tensor in tensors_of(plan.layout, [shard]))
+            files.append(WrittenFile(FileVersion(path, self._storage.version(path)), held, stored))
+        incremental.saved(plan, checksums, files)
 
     def warm_up(self, save: Save, directory: str | None) -> None:
         """Pins the ring, compiles the kernels, and looks at the directory, where there is one."""

@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import NamedTuple
 
 from gpusaver.bundle.filenames import data_path, index_path, is_data_of, lock_path, split_data_path, temporary_path
 from gpusaver.bundle.index import BundleIndex
-from gpusaver.errors import DataLossError, Error
+from gpusaver.errors import DataLossError, Error, InternalError
 from gpusaver.pipeline.check import bundle_problems
 from gpusaver.storage.base import ReadableFile, Storage, WritableFile, new_token
+from gpusaver.tensor import Buffer
 
 
 class FileVersion(NamedTuple):
@@ -50,16 +51,42 @@ class MetaFile(NamedTuple):
 DIRECT_MIN_NBYTES = 64 * 1024 * 1024
 
 
+class _NoFileYet:
+    """Stands for a data file until it is known whether it must be written."""
+
+    alignment = 1
+    ordered = False
+
+    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        raise InternalError("this data file was not created")
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
 class BundleCommit:
     """The files of one save under way.  Methods are called from one thread at a time.
 
+    ``later``: data files for which :meth:`link` or :meth:`create` is called before anything is written to them.
     ``direct``: None asks the storage what suits the directory; True or False decides.  Raises FailedPreconditionError,
     naming the owner of the lock, if the prefix is being saved by another.
     """
 
-    def __init__(self, storage: Storage, prefix: str, shard_nbytes: Sequence[int], *, direct: bool | None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        prefix: str,
+        shard_nbytes: Sequence[int],
+        *,
+        direct: bool | None,
+        later: Collection[int] = (),
+    ) -> None:
         self._storage = storage
         self._prefix = prefix
+        self._direct = direct
         self._directory, base = os.path.split(prefix)
         self._token = new_token()
         # Like the index's, so that whoever looks for leftovers knows whose it is: a suffix may be anything.
@@ -68,25 +95,46 @@ class BundleCommit:
         self._renamed: list[str] = []
         self._lock = storage.lock(lock_path(index_path(prefix)))
         try:
-            self._create(base, shard_nbytes, direct)
+            self._create_all(base, shard_nbytes, later)
         except BaseException:
             self.abort()
             raise
 
-    def _create(self, base: str, shard_nbytes: Sequence[int], direct: bool | None) -> None:
+    def _create_all(self, base: str, shard_nbytes: Sequence[int], later: Collection[int]) -> None:
         storage, prefix = self._storage, self._prefix
         self._old = [name for name in storage.list(self._directory) if is_data_of(name, base)]
         taken = {found[2] for found in map(split_data_path, self._old) if found is not None}
         self.num_shards = next(
             n for n in range(len(shard_nbytes), len(shard_nbytes) + len(taken) + 1) if n not in taken
         )
-        self._finals = [data_path(prefix, shard, self.num_shards) for shard in range(self.num_shards)]
-        sizes = [*shard_nbytes, *[0] * (self.num_shards - len(shard_nbytes))]
-        for path, nbytes in zip(self._finals, sizes, strict=True):
-            is_direct = nbytes >= DIRECT_MIN_NBYTES if direct is None else direct and nbytes > 0
-            if is_direct and direct is None:
-                is_direct = storage.prefers_direct(self._directory)
-            self.files.append(storage.create(self._temporary(path), nbytes, direct=is_direct, target=path))
+        #: Of the data files.
+        self.paths = [data_path(prefix, shard, self.num_shards) for shard in range(self.num_shards)]
+        self._nbytes = [*shard_nbytes, *[0] * (self.num_shards - len(shard_nbytes))]
+        for shard in range(self.num_shards):
+            self.files.append(_NoFileYet())
+            if shard not in later:
+                self.create(shard)
+
+    def create(self, shard: int) -> None:
+        """Makes a data file."""
+        path, nbytes, direct = self.paths[shard], self._nbytes[shard], self._direct
+        is_direct = nbytes >= DIRECT_MIN_NBYTES if direct is None else direct and nbytes > 0
+        if is_direct and direct is None:
+            is_direct = self._storage.prefers_direct(self._directory)
+        self.files[shard] = self._storage.create(self._temporary(path), nbytes, direct=is_direct, target=path)
+
+    def link(self, shard: int, source: FileVersion) -> bool:
+        """Makes a data file of one that holds the same, complete; False if it must be written."""
+        path = self.paths[shard]
+        file = self._storage.link(source.path, self._temporary(path), target=path)
+        if file is None:
+            return False
+        self.files[shard] = file
+        if self._storage.version(source.path) == source.version:
+            return True
+        file.abort()  # somebody has changed the source
+        self.files[shard] = _NoFileYet()
+        return False
 
     def _temporary(self, path: str) -> str:
         return temporary_path(path, self._token)
@@ -110,7 +158,7 @@ class BundleCommit:
         self._write(self._temporary(final_index), index)
         if strict:
             self._read_again(index)
-        for path in self._finals:
+        for path in self.paths:
             self._renamed.append(path)
             storage.replace(self._temporary(path), path)
         storage.sync_directory(self._directory)
@@ -143,8 +191,8 @@ class BundleCommit:
         if found == written and file.size == len(written):
             problems = bundle_problems(
                 BundleIndex(written, path),
-                lambda shard: open_again(self._finals[shard]),
-                lambda shard: self._temporary(self._finals[shard]),
+                lambda shard: open_again(self.paths[shard]),
+                lambda shard: self._temporary(self.paths[shard]),
                 checksums=True,
             )
             problem = next(problems, None)

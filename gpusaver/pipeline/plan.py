@@ -88,6 +88,9 @@ class Plan:
     layout: Layout
     #: :meth:`Layout.places`
     places: list[int]
+    #: Names of the variables that lie in data files of their own, and the numbers of these.
+    frozen: frozenset[str] = frozenset()
+    frozen_shards: frozenset[int] = frozenset()
     #: Of the large tensors, where that is not 0: see :mod:`gpusaver.bundle.layout`.
     phases: dict[int, int] = field(default_factory=dict)
     _templates: dict[int, tuple[IndexTemplate, npt.NDArray[np.int64]]] = field(default_factory=dict)
@@ -153,11 +156,16 @@ class Save:
         return self.plan.runtimes
 
 
-def plan_save(leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None) -> Save:
+def plan_save(
+    leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None, frozen: frozenset[str] = frozenset()
+) -> Save:
     """Raises TypeError for leaves that cannot be stored, InvalidArgumentError for slices that overlap.
 
+    ``frozen``: names of the variables that get data files of their own.
     Requires: ``cached`` is a plan for leaves of the same names, and for the same ``sharded``.
     """
+    if cached is not None and cached.frozen != frozen:
+        cached = None
     if cached is not None and (unchanged := _unchanged(leaves, cached)) is not None:
         return unchanged
     sources: list[Source] = []
@@ -183,7 +191,7 @@ def plan_save(leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None) -> 
                 continue
         rows.append(_admit(leaf, own_memory, sources, strings, numbers))
     if cached is None or cached.rows != rows:
-        cached = _make_plan(leaves, rows, sources, sharded)
+        cached = _make_plan(leaves, rows, sources, sharded, frozen)
     return Save(cached, sources, strings)
 
 
@@ -278,18 +286,22 @@ def _identity(runtime: Runtime, array: Any, own_memory: bool) -> Any:
     return (address(array), array.shape, array.strides, array.dtype)
 
 
-def _make_plan(leaves: Sequence[Leaf], rows: list[_Row], sources: Sequence[Source], sharded: bool) -> Plan:
+def _make_plan(
+    leaves: Sequence[Leaf], rows: list[_Row], sources: Sequence[Source], sharded: bool, frozen: frozenset[str]
+) -> Plan:
     runtimes = sorted({source.runtime.name: source.runtime for source in sources}.values(), key=_devices_first)
     owner_numbers = {runtime.name: number for number, runtime in enumerate(runtimes)}
-    shard_names = sorted({row.device for row in rows}) if sharded else []
-    shard_numbers = {name: number for number, name in enumerate(shard_names)}
+    frozen_tensors = {row.tensor for row in rows if row.name in frozen}
+    # By tensor; one that has two names lies where the last one says.
+    places = {row.tensor: (row.tensor in frozen_tensors, row.device if sharded else "") for row in rows}
+    shard_numbers = {place: number for number, place in enumerate(sorted(set(places.values())))}
     nbytes = [0] * len(sources)
     shards = [0] * len(sources)
     items: list[Item] = []
     parts: dict[bytes, list[tuple[Leaf, TensorSpec]]] = {}
-    for leaf, (name, spec, tensor, device, size, part, full_shape, _, _) in zip(leaves, rows, strict=True):
+    for leaf, (name, spec, tensor, _, size, part, full_shape, _, _) in zip(leaves, rows, strict=True):
         key = name.encode("utf-8", "surrogateescape")
-        nbytes[tensor], shards[tensor] = size, shard_numbers.get(device, 0)
+        nbytes[tensor], shards[tensor] = size, shard_numbers[places[tensor]]
         if part is not None and full_shape is not None and not part.is_whole(full_shape):
             parts.setdefault(key, []).append((leaf, spec))
             key = slice_key(key, part)
@@ -302,9 +314,19 @@ def _make_plan(leaves: Sequence[Leaf], rows: list[_Row], sources: Sequence[Sourc
         nbytes,
         [owner_numbers[source.runtime.name] for source in sources],
         shards,
-        max(1, len(shard_names)),
+        max(1, len(shard_numbers)),
     )
-    return Plan(rows, _columns(rows), items, partitioned, runtimes, layout, layout.places().tolist())
+    return Plan(
+        rows,
+        _columns(rows),
+        items,
+        partitioned,
+        runtimes,
+        layout,
+        layout.places().tolist(),
+        frozen,
+        frozenset(number for (is_frozen, _), number in shard_numbers.items() if is_frozen),
+    )
 
 
 def _devices_first(runtime: Runtime) -> tuple[bool, str]:

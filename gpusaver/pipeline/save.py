@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,7 @@ def write_chunks(
     slots: Slots,
     threads: int,
     *,
+    shards: Collection[int] | None = None,
     on_recorded: Callable[[Event], None],
     on_staged: Callable[[], None],
     cancelled: threading.Event,
@@ -53,6 +54,7 @@ def write_chunks(
 ) -> dict[int, int]:
     """Writes every tensor into ``files`` (one a shard) and returns the checksum of each that has bytes.
 
+    ``shards``: those of these alone.
     ``on_recorded`` is called for each device with the event that ends its last copy; ``on_staged`` once when no source
     will be read any more, unless the save fails before.  Returns when all is written, not synced; raises the first
     error, when all threads have ended and no copy is in flight.
@@ -62,6 +64,8 @@ def write_chunks(
     for owner, first in zip(*(column.tolist() for column in np.unique(layout.owner, return_index=True)), strict=True):
         runtime = sources[first].runtime
         chunks = layout.chunks(CHUNK_NBYTES, owner)
+        if shards is not None:
+            chunks = filter(lambda chunk: chunk.shard in shards, chunks)
         if runtime is HOST and all(file.alignment == 1 for file in files):
             on_host = list(chunks)
         else:

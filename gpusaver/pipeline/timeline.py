@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 #: In the order in which a save comes to them.
-STAGES = ("plan", "capture", "copy", "checksum", "write", "sync", "commit")
+STAGES = ("plan", "capture", "copy", "compare", "checksum", "write", "link", "sync", "commit")
 
 
 class Span(NamedTuple):

@@ -9,32 +9,29 @@ from gpusaver.storage.base import WritableFile
 from gpusaver.tensor import Buffer
 
 
-def watched(
-    files: Sequence[WritableFile], total_nbytes: int, on_written: Callable[[int, int], None]
-) -> list[WritableFile]:
-    """The same files; ``on_written(nbytes written to all of them so far, total_nbytes)`` is called after each write.
+class Meter:
+    """Calls ``on_written(nbytes written so far, total_nbytes)``: one call at a time, in ascending order."""
 
-    One call at a time, in ascending order, from whichever thread has written.
-    """
-    meter = _Meter(total_nbytes, on_written)
-    return [_WatchedFile(file, meter) for file in files]
-
-
-class _Meter:
-    def __init__(self, total_nbytes: int, on_written: Callable[[int, int], None]) -> None:
+    def __init__(self, total_nbytes: int, on_written: Callable[[int, int], None] | None) -> None:
         self._written = 0
         self._total = total_nbytes
         self._on_written = on_written
         self._lock = threading.Lock()
 
+    def watched(self, files: Sequence[WritableFile]) -> Sequence[WritableFile]:
+        """The same files; each write to one counts, from whichever thread."""
+        return files if self._on_written is None else [_WatchedFile(file, self) for file in files]
+
     def add(self, nbytes: int) -> None:
+        if self._on_written is None:
+            return
         with self._lock:
             self._written = min(self._written + nbytes, self._total)  # the last block may be padded
             self._on_written(self._written, self._total)
 
 
 class _WatchedFile:
-    def __init__(self, file: WritableFile, meter: _Meter) -> None:
+    def __init__(self, file: WritableFile, meter: Meter) -> None:
         self.alignment = file.alignment
         self.ordered = file.ordered
         self._file = file

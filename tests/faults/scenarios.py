@@ -28,6 +28,10 @@ def state_of(version: int) -> State:
     }
 
 
+#: What an incremental scenario saves besides, and never changes.
+FROZEN = np.random.default_rng(0).integers(0, 255, 1200, np.uint8)
+
+
 def fill(state: State, version: int) -> None:
     """Makes the arrays of ``state`` those of the version, in place."""
     for name, value in state_of(version).items():
@@ -47,6 +51,8 @@ def version_of(state: State) -> int:
             assert found.tobytes() == value.tobytes(), f"{name} is not that of version {version}"
         else:
             assert (found.decode() if isinstance(found, bytes) else found) == value
+    if "frozen" in state:
+        assert state["frozen"].tobytes() == FROZEN.tobytes(), f"the frozen variable of version {version}"
     return version
 
 
@@ -54,7 +60,7 @@ def version_of(state: State) -> int:
 class Scenario:
     """``versions`` are saved one after the other; all but the last are there before something happens.
 
-    ``folder``: below the directory, made by the Saver.  ``is_one_prefix``: every save replaces the one before.
+    ``is_incremental``: with a variable that does not change.  ``folder``: below the directory, made by the Saver.  ``is_one_prefix``: every save replaces the one before.
     ``has_manager``: a CheckpointManager saves, for which version 1 is the best.
     """
 
@@ -68,6 +74,7 @@ class Scenario:
     direct_io: bool | None = None
     strict: bool = False
     has_manager: bool = False
+    is_incremental: bool = False
 
     def prefix(self, directory: Path | str, version: int) -> str:
         path = os.path.join(directory, self.folder, "k")
@@ -102,6 +109,8 @@ class Job:
             if scenario.is_sharded:
                 for name, device in (("big", "cpu:1"), ("strided", "cpu:2")):
                     variables[name] = gpusaver.Variable(variables[name], name, device=device)
+            if scenario.is_incremental:
+                variables["frozen"] = gpusaver.Variable(FROZEN.copy(), "frozen", trainable=False)
         self._variables = variables
         self.saver = gpusaver.Saver(
             variables,
@@ -109,6 +118,7 @@ class Job:
             max_to_keep=scenario.max_to_keep,
             direct_io=scenario.direct_io,
             strict=scenario.strict,
+            incremental=scenario.is_incremental,
             storage=storage,
         )
         self._manager = None
@@ -151,4 +161,6 @@ SCENARIOS = [
     Scenario("strict_overwrite", (1, 2), strict=True, is_one_prefix=True),
     Scenario("manager", (1, 2, 3), max_to_keep=1, has_manager=True),
     Scenario("new_folder", (1, 2), folder="run"),
+    Scenario("incremental", (1, 2, 3), max_to_keep=1, is_incremental=True),
+    Scenario("incremental_overwrite", (1, 2), is_one_prefix=True, is_incremental=True),
 ]

@@ -40,6 +40,8 @@ SAVES = [
     Scenario("sharded_overwrite", (1, 2), is_one_prefix=True, is_sharded=True),
     Scenario("direct_io", (1, 2), direct_io=True),
     Scenario("manager", (1, 2, 3), max_to_keep=1, has_manager=True),
+    Scenario("incremental", (1, 2, 3), max_to_keep=1, is_incremental=True),
+    Scenario("incremental_overwrite", (1, 2), is_one_prefix=True, is_incremental=True),
 ]
 
 

@@ -18,7 +18,7 @@ ROOT = Path(gpusaver.__file__).parents[1]
 #: In batches, which may run side by side.
 BATCHES, KILLS_PER_BATCH = sized((2, 150), (20, 250))
 TIMEOUT_SECONDS = 900
-SOME = [scenario for scenario in SCENARIOS if scenario.name in ("overwrite", "retention", "manager")]
+SOME = [scenario for scenario in SCENARIOS if scenario.name in ("overwrite", "retention", "manager", "incremental")]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
