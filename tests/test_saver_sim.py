@@ -246,3 +246,34 @@ def test_devices_and_host_go_into_one_object(sim, monkeypatch, capture):
     assert contents(sim, variables) == expected
     assert list(gpusaver.verify(prefix)) == []
     sim.assert_quiescent()
+
+
+@pytest.mark.parametrize("mode", [True, "declared"])
+@pytest.mark.parametrize("capture", ["snapshot", "deferred", "blocking"])
+def test_frozen_device_arrays_are_written_once(sim, tmp_path, capture, mode):
+    """They are copied to the host to be hashed, as the copy stream has them."""
+    pytest.importorskip("xxhash")
+    with gpusaver.variables():
+        variables = {
+            name: gpusaver.Variable(array, name=name, trainable=name in ("other/w", "host", "odd"))
+            for name, array in state(sim).items()
+        }
+    linked = []
+    with Saver(list(variables.values()), incremental=mode, sharded=True) as saver:
+        for step in range(4):
+            change({name: variables[name].value for name in ("other/w", "host")}, step)
+            if step == 2:
+                change({"big": variables["big"].value}, step)
+            expected = contents(sim, {name: variable.value for name, variable in variables.items()})
+            pending = saver.save_async(tmp_path / "k", step, capture=capture)
+            pending.fence()
+            change({"other/w": variables["other/w"].value}, 99)
+            prefix = pending.result()
+            linked.append(pending.report.linked_nbytes)
+            assert list(gpusaver.verify(prefix)) == []
+            found = gpusaver.load(prefix)
+            assert {name: stored(array) for name, array in found.items()} == expected
+    assert linked[0] == 0
+    assert linked[1] > 300 * 500 * 4
+    assert 0 < linked[2] < 300 * 500 * 4
+    sim.assert_quiescent()

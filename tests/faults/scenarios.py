@@ -60,7 +60,9 @@ def version_of(state: State) -> int:
 class Scenario:
     """``versions`` are saved one after the other; all but the last are there before something happens.
 
-    ``is_incremental``: with a variable that does not change.  ``folder``: below the directory, made by the Saver.  ``is_one_prefix``: every save replaces the one before.
+    ``is_incremental``: with a variable that does not change.
+
+    ``folder``: below the directory, made by the Saver.  ``is_one_prefix``: every save replaces the one before.
     ``has_manager``: a CheckpointManager saves, for which version 1 is the best.
     """
 

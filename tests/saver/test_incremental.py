@@ -91,7 +91,7 @@ def test_off_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_what_does_not_change_is_found(tmp_path: Path) -> None:
-    """Arrays do not say that they are frozen: at the third save they have a file of their own, at the fourth it stays."""
+    """Arrays do not say that they are frozen: they have a file of their own from the third save on."""
     state = {"still": np.arange(100_000.0), "moving": np.zeros(1000), "step": 0, "text": "the same"}
     linked = []
     with gpusaver.Saver(state, incremental=True) as saver:
