@@ -174,7 +174,7 @@ gpu-session: require-gpu $(READY)  ## the essential part of test-gpu and bench-g
 	OUT="$(OUT)" timeout -k 5 275 $(PY) benchmarks/bench_gpu.py --essential --seconds 225; bench=$$?; \
 	echo "gpu-session: tests $$tests, benchmark $$bench, in $(OUT)"; [ $$tests = 0 ] && [ $$bench = 0 ]
 
-bench: .venv-bench/.installed $(TF_READY)  ## measure against torch.save, safetensors, np.savez and TensorFlow
+bench: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## measure against torch.save, DCP, safetensors, np.savez, Orbax and TensorFlow
 	$(BENCH_PY) benchmarks/bench.py
 	$(BENCH_PY) benchmarks/bench_compat.py
 

@@ -197,13 +197,14 @@ def decode_entries(data: bytes, starts: Sequence[int], ends: Sequence[int], num_
     head_nbytes[~is_usual] = 0
     tail_nbytes = np.where(is_usual, nbytes - head_nbytes, 0)
     found = [_NO_HEAD] * len(first)
-    heads = _rows(octets, first, head_nbytes, _MAX_HEAD_NBYTES).view(f"S{_MAX_HEAD_NBYTES}").ravel().tolist()
+    width = int(head_nbytes.max(initial=1))
+    heads = _rows(octets, first, head_nbytes, width).view(f"S{width}").ravel().tolist()
     try:
         kinds = {head: _decode_head(_restored(head)) if head else _NO_HEAD for head in set(heads)}
         found = [kinds[head] for head in heads]
     except (DecodeError, DataLossError, UnimplementedError):
         pass  # each entry alone says what is wrong, and with which
-    tails = _rows(octets, first + head_nbytes, tail_nbytes, _MAX_TAIL_NBYTES + _MARGIN)
+    tails = _rows(octets, first + head_nbytes, tail_nbytes, int(tail_nbytes.max(initial=0)) + _MARGIN)
     *columns, is_sound = _decode_tails(tails, tail_nbytes)
     ranges = Ranges(*columns)
     # No entry has as many bytes as 64 bits cannot count.
