@@ -10,14 +10,15 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpusaver.device import HOST, Admitted, Runtime, admit, known_dtype
 from gpusaver.device.host import byte_bounds
-from gpusaver.errors import Error, InvalidArgumentError, NotFoundError, UnimplementedError
+from gpusaver.errors import DataLossError, Error, InvalidArgumentError, NotFoundError, UnimplementedError
 from gpusaver.pipeline.assemble import Target
 from gpusaver.pipeline.workers import Slots
 from gpusaver.reader import CheckpointReader, Located, TensorRead
@@ -87,15 +88,24 @@ def restore_leaves(
     partial: bool | str,
     reshape: bool,
     verify_first: bool,
+    agree: Callable[[str, str], AbstractContextManager[None]],
 ) -> RestoreReport:
-    """See :meth:`gpusaver.Saver.restore`."""
+    """See :meth:`gpusaver.Saver.restore`.  ``with agree(step, "")``: if one rank fails inside, all do."""
     started_at = time.perf_counter()
-    with _collector_paused():
+    with agree("compare", ""), _collector_paused():
         report, read, matches = _plan_all(leaves, reader, partial=partial, reshape=reshape)
     runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
     for runtime in runtimes.values():
         runtime.order_after_caller()
-    read.run(slots, threads, verify_first=verify_first)
+    has_read = False
+    try:
+        with agree("read", ""):
+            read.run(slots, threads, verify_first=verify_first)
+            has_read = True
+    except DataLossError as error:
+        if has_read:  # it is another rank's
+            error.modified = tuple(report.restored)
+        raise
     report.nbytes, report.seconds = read.nbytes, time.perf_counter() - started_at
     return report
 

@@ -52,7 +52,7 @@ class _NativeSaver(gpusaver.Saver):
     def __init__(self, var_list: Any, saver_def: SaverDef, **options: Any) -> None:
         super().__init__(var_list, max_to_keep=None, clock=lambda: clock(), **options)
         hours = saver_def.keep_checkpoint_every_n_hours
-        self._retention = Retention(saver_def.max_to_keep, hours, self._clock(), like_tensorflow=True)
+        self._list.retention = Retention(saver_def.max_to_keep, hours, clock(), like_tensorflow=True)
 
     def _describe(self, leaves: Any, plan: Any) -> Any:
         return self.meta_graph
