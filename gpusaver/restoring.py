@@ -41,6 +41,10 @@ class RestoreReport:
     for those that could not be overwritten and were replaced in their container.  The lists of names
     are sorted.  ``nbytes``: read from the data files, each byte counted once; ``seconds``: until all was read,
     verified, and on its way to its device.
+
+    ``needed_nbytes``: of the variables, as they are stored; ``read_nbytes``: all that was read, with gaps between what
+    is needed, and twice where it was verified before.  ``partly_read``: of their stored slices only the needed part was
+    read, so that no checksum was compared, unless with ``verify="before"``.
     """
 
     def __init__(
@@ -52,6 +56,9 @@ class RestoreReport:
         self.skipped = list(skipped)
         self.values: dict[str, Any] = {}
         self.nbytes = 0
+        self.needed_nbytes = 0
+        self.read_nbytes = 0
+        self.partly_read: list[str] = []
         self.seconds = 0.0
         self._reader = reader
 
@@ -107,6 +114,8 @@ def restore_leaves(
             error.modified = tuple(report.restored)
         raise
     report.nbytes, report.seconds = read.nbytes, time.perf_counter() - started_at
+    report.needed_nbytes, report.read_nbytes = read.needed_nbytes, read.read_nbytes
+    report.partly_read = sorted(read.partly_read)
     return report
 
 

@@ -107,6 +107,9 @@ class Group:
             yield
         except Exception as error:
             has = error
+        except BaseException as error:  # Ctrl-C and the like: the others wait in vain
+            self._transport.given_up = self._transport.given_up or f"{name} was interrupted: {error!r}"
+            raise
 
         def answer(texts: list[bytes]) -> list[bytes]:
             check_agreement(name, [text.decode("utf-8", "surrogateescape") for text in texts])

@@ -78,6 +78,7 @@ class ShardFiles:
             lambda shard: self._storage.open(self._paths[shard], uncached=True),
             lambda shard: self._paths[shard],
             checksums=True,
+            some_slices=True,
         )
         return next(problems, None)
 
