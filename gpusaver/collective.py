@@ -30,7 +30,7 @@ from gpusaver.arguments import make_directory, meta_graph_file
 from gpusaver.bundle.index import BundleIndex, encode_index
 from gpusaver.bundle.merge import merge_indexes
 from gpusaver.device import HOST
-from gpusaver.distributed.group import Group, Message, check_agreement
+from gpusaver.distributed.group import Group, Message, check_agreement, error_of, facts_of
 from gpusaver.distributed.planning import Assignment, assign
 from gpusaver.errors import DeadlineExceededError, InternalError
 from gpusaver.exporting import Described, Description, SaverOptions, is_trainable
@@ -238,27 +238,29 @@ class CollectiveSaving:
         pending.finish(len(save.plan.items), int(save.plan.layout.nbytes.sum()))
 
     def _finish(self, share: _Share, pending: PendingSave) -> None:
-        is_committing = False
+        may_be_committed = False
         try:
             try:
                 pending.begin_commit()
             except Exception as error:  # cancelled
                 share.error = share.error or error
             self._group.exchange("written", share.error or share.index, lambda indexes: self._merge(share, indexes))
-            is_committing = True
-            try:
-                listed = self._group.exchange("commit", b"", lambda _: self._publish(share, pending))
-            except DeadlineExceededError as error:
-                if error.ranks == (0,):
-                    error.add_note(f"Whether {share.prefix} was committed is not known here: checkpoint_exists() tells")
-                raise
-        except BaseException:
-            # Once the commit may have begun, rank 0 alone may remove anything.
-            if share.files is not None and (share.commit is not None or not is_committing):
+            may_be_committed = True
+            answer = json.loads(self._group.exchange("commit", b"", lambda _: self._publish(share, pending)))
+        except BaseException as error:
+            if may_be_committed and isinstance(error, DeadlineExceededError) and error.ranks == (0,):
+                error.add_note(f"Whether {share.prefix} was committed is not known here: checkpoint_exists() tells")
+            elif share.files is not None:
                 share.files.abort()
             raise
+        if isinstance(share.files, ShardFiles):
+            share.files.keep()
+        if answer["error"] is not None:
+            if share.commit is not None:
+                share.commit.abort()  # of what is left of it
+            raise error_of(answer["error"])
         if share.commit is None:
-            self._checkpoints.replace_with_times([(path, time) for path, time in json.loads(listed)])
+            self._checkpoints.replace_with_times([(path, time) for path, time in answer["listed"]])
 
     def _merge(self, share: _Share, indexes: Sequence[bytes]) -> list[bytes]:
         assert share.commit is not None
@@ -270,11 +272,18 @@ class CollectiveSaving:
     def _publish(self, share: _Share, pending: PendingSave) -> list[bytes]:
         assert share.commit is not None
         meta_file = None if share.meta_graph is None else (share.meta_graph[0], share.meta_graph[1].content())
+        failed = None
         with pending.timeline.span("commit"):
-            share.commit.publish(share.merged, meta_file, strict=self._saving.strict)
-            if share.request.finish is not None:
-                share.request.finish(share.prefix)
-        return [json.dumps(self._checkpoints.with_times()).encode()] * self._group.size
+            try:
+                share.commit.publish(share.merged, meta_file, strict=self._saving.strict)
+                if share.request.finish is not None:
+                    share.request.finish(share.prefix)
+            except Exception as error:
+                if not share.commit.is_committed:
+                    raise
+                failed = facts_of(error)  # the checkpoint is there, and must stay
+        answer = {"listed": self._checkpoints.with_times(), "error": failed}
+        return [json.dumps(answer).encode()] * self._group.size
 
 
 class _Leader:

@@ -79,7 +79,7 @@ class Group:
             )
         facts: dict[str, Any] = {"step": step}
         if isinstance(has, BaseException):
-            facts["error"] = _facts_of(has)
+            facts["error"] = facts_of(has)
         message = Message(facts, b"" if isinstance(has, BaseException) else has)
         try:
             reply = self._lead(message, answer) if self.rank == 0 else self._follow(message)
@@ -88,7 +88,7 @@ class Group:
             raise
         if "error" not in reply.facts:
             return reply.body
-        verdict = _error_of(reply.facts["error"])
+        verdict = error_of(reply.facts["error"])
         if isinstance(verdict, DeadlineExceededError):
             self._transport.given_up = str(verdict)
         if isinstance(verdict, DataLossError) and isinstance(has, DataLossError):
@@ -161,7 +161,7 @@ class Group:
             return [Message({}, body) for body in answer([message.body for message in messages])]
         except Exception as error:
             self._met = error
-            return [Message({"error": _facts_of(error)})] * self.size
+            return [Message({"error": facts_of(error)})] * self.size
 
     def _follow(self, own: Message) -> Message:
         self._transport.send(own.encode(), 0)
@@ -202,7 +202,8 @@ def check_agreement(what: str, said: Sequence[str]) -> None:
         raise InvalidArgumentError(f"the ranks disagree on {what}: {views}")
 
 
-def _facts_of(error: BaseException) -> dict[str, Any]:
+def facts_of(error: BaseException) -> dict[str, Any]:
+    """An error as it goes to other ranks."""
     text = str(error) or type(error).__name__
     facts = {"kind": type(error).__name__, "text": text, "notes": list(getattr(error, "__notes__", []))}
     if isinstance(error, DeadlineExceededError):
@@ -220,7 +221,8 @@ def _common(failed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return {**lowest, "text": f"{ranks_text(same)}: {lowest['text']}", "notes": notes[:20]}
 
 
-def _error_of(facts: dict[str, Any]) -> BaseException:
+def error_of(facts: dict[str, Any]) -> BaseException:
+    """The inverse of :func:`facts_of`; UnknownError for classes that are neither ours nor what callers expect."""
     kind = getattr(errors, facts["kind"], None) or getattr(builtins, facts["kind"], None)
     error: BaseException
     if kind is DeadlineExceededError:

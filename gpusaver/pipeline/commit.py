@@ -120,6 +120,8 @@ class BundleCommit:
         self._elsewhere = elsewhere
         self._written: list[WritableFile] = []
         self._renamed: list[str] = []
+        #: Whether readers see the new checkpoint, or may: from then on its files must stay.
+        self.is_committed = False
         self._lock = storage.lock(lock_path(index_path(prefix)))
         try:
             self._create(base, shard_nbytes, direct)
@@ -172,9 +174,11 @@ class BundleCommit:
         try:
             storage.replace(self._temporary(final_index), final_index)
         except Error:
-            if self._may_be_committed():
+            self.is_committed = self._may_be_committed()
+            if self.is_committed:
                 self._renamed.clear()
             raise
+        self.is_committed = True
         self._keep()
         if meta_graph is not None and meta_file is not None:
             self._written.append(meta_file)
