@@ -77,10 +77,10 @@ class Fault:
 @pytest.mark.parametrize("rank", range(SIZE))
 @pytest.mark.parametrize("background", sized([False], [False, True]))
 def test_every_message_of_a_save(
-    tmp_path: Path, rank: int, error: type[BaseException], background: bool, count_cases: CountCases
+    memory_path: Path, rank: int, error: type[BaseException], background: bool, count_cases: CountCases
 ) -> None:
     def attempt(number: int) -> bool:
-        directory = tmp_path / str(number)
+        directory = memory_path / str(number)
         directory.mkdir()
         fault = Fault(rank, number, error)
 
@@ -141,12 +141,12 @@ def check_next(directory: Path) -> None:
 @pytest.mark.parametrize("for_ever", [False, True])
 @pytest.mark.parametrize("same_prefix", [False, True])
 def test_every_operation_on_files(
-    tmp_path: Path, rank: int, for_ever: bool, same_prefix: bool, count_cases: CountCases
+    memory_path: Path, rank: int, for_ever: bool, same_prefix: bool, count_cases: CountCases
 ) -> None:
     """The others hear of it, all raise the same, and the next save of the same Savers works."""
 
     def attempt(number: int) -> bool:
-        directory = tmp_path / str(number)
+        directory = memory_path / str(number)
         directory.mkdir()
         storages = [FailingStorage() for _ in range(SIZE)]
         last = f"{directory}/k" if same_prefix else f"{directory}/k-2"
@@ -204,12 +204,12 @@ def version_of(prefix: str) -> int:
 
 @pytest.mark.parametrize("rank", range(SIZE))
 @pytest.mark.parametrize("verify", ["during", "before"])
-def test_every_operation_of_a_restore(tmp_path: Path, rank: int, verify: Any, count_cases: CountCases) -> None:
+def test_every_operation_of_a_restore(memory_path: Path, rank: int, verify: Any, count_cases: CountCases) -> None:
     def save(transport: SimulatedTransport) -> str:
         with gpusaver.Saver(state_of(transport.rank, 1), comm=transport) as saver:
-            return saver.save(tmp_path / "k")
+            return saver.save(memory_path / "k")
 
-    assert run(SIZE, save) == [f"{tmp_path}/k"] * SIZE
+    assert run(SIZE, save) == [f"{memory_path}/k"] * SIZE
 
     def attempt(number: int) -> bool:
         def work(transport: SimulatedTransport) -> tuple[Any, bool]:
@@ -219,12 +219,12 @@ def test_every_operation_of_a_restore(tmp_path: Path, rank: int, verify: Any, co
                     storage.arm(number)
                 outcome: Any = None
                 try:
-                    saver.restore(tmp_path / "k", verify=verify)
+                    saver.restore(memory_path / "k", verify=verify)
                 except Error as error:
                     outcome = error
                 is_reached = transport.rank == rank and len(storage.log) > number
                 storage.arm(None)
-                saver.restore(tmp_path / "k")
+                saver.restore(memory_path / "k")
                 assert (state["a"] == 1).all()
                 return outcome, is_reached
 
