@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
-import gc
 import logging
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.device import HOST, Admitted, Runtime, admit, known_dtype
 from gpusaver.device.host import byte_bounds
 from gpusaver.errors import DataLossError, Error, InvalidArgumentError, NotFoundError, UnimplementedError
@@ -99,7 +98,7 @@ def restore_leaves(
 ) -> RestoreReport:
     """See :meth:`gpusaver.Saver.restore`.  ``with agree(step, "")``: if one rank fails inside, all do."""
     started_at = time.perf_counter()
-    with agree("compare", ""), _collector_paused():
+    with agree("compare", ""), collector_paused():
         report, read, matches = _plan_all(leaves, reader, partial=partial, reshape=reshape)
     runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
     for runtime in runtimes.values():
@@ -117,19 +116,6 @@ def restore_leaves(
     report.needed_nbytes, report.read_nbytes = read.needed_nbytes, read.read_nbytes
     report.partly_read = sorted(read.partly_read)
     return report
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Some objects for each variable are made at once, and all are needed: looking for garbage among them, again and
-    again, was nearly half of the time of restoring 10,000."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _plan_all(

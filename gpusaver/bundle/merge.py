@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.bundle.coding import printable
 from gpusaver.bundle.entry import Entry
 from gpusaver.bundle.index import BundleIndex
@@ -29,6 +30,7 @@ class MergedIndex(NamedTuple):
     moves: list[tuple[int, int, int]]
 
 
+@collector_paused()
 def merge_indexes(inputs: Sequence[BundleIndex], first_shards: Sequence[int] | None = None) -> MergedIndex:
     """Joins bundles that were written for different devices or by different processes.
 

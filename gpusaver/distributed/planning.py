@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.bundle.coding import printable
 from gpusaver.bundle.entry import Entry
 from gpusaver.bundle.index import BundleIndex
@@ -67,6 +68,7 @@ class _Held(NamedTuple):
     places: list[_Place]
 
 
+@collector_paused()
 def assign(indexes: Sequence[BundleIndex], ranks_of: Sequence[Sequence[int]]) -> Assignment:
     """``indexes``: what is held, once for each group of ranks that hold alike; ``ranks_of``: the ranks of each group.
 
@@ -77,9 +79,10 @@ def assign(indexes: Sequence[BundleIndex], ranks_of: Sequence[Sequence[int]]) ->
     wholes: dict[bytes, tuple[Entry, int]] = {}
     counts = []
     for group, index in enumerate(indexes):
-        parts = _parts(index)
+        entries = list(index.items())
+        parts = _parts(entries)
         number = 0
-        for key, entry in index.items():
+        for key, entry in entries:
             part = parts.get(key)
             if part is None:
                 first, other = wholes.setdefault(key, (entry, group))
@@ -97,11 +100,11 @@ def assign(indexes: Sequence[BundleIndex], ranks_of: Sequence[Sequence[int]]) ->
     return _spread(list(rows.values()), counts, ranks_of)
 
 
-def _parts(index: BundleIndex) -> dict[bytes, Part]:
+def _parts(entries: Sequence[tuple[bytes, Entry]]) -> dict[bytes, Part]:
     """By their slice keys, which come before the names of their tensors."""
     return {
         slice_key(name, part): Part(name, TensorSpec(spec.dtype, part.shape(spec.shape)), part, spec.shape)
-        for name, (spec, *_, slices) in index.items()
+        for name, (spec, *_, slices) in entries
         for part in slices
     }
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.bundle.crc import mask
 from gpusaver.bundle.index import Entry, IndexTemplate
 from gpusaver.bundle.layout import Layout, plan_layout
@@ -98,6 +99,7 @@ class Save:
         return list({source.runtime.name: source.runtime for source in self.sources}.values())
 
 
+@collector_paused()
 def plan_save(leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None) -> Save:
     """Raises TypeError for leaves that cannot be stored, InvalidArgumentError for slices that overlap.
 

@@ -20,7 +20,7 @@ import gpusaver
 SCRIPT = Path(__file__).with_name("rank_script.py")
 
 #: So many groups of ranks die in one job.
-_GROUPS = 7
+_GROUPS = 10
 #: "RANK:NUMBER"; no rank has an operation of this number.
 _NOBODY = "0:-1"
 
@@ -46,7 +46,7 @@ def test_a_rank_is_killed_before_each_of_its_operations(memory_path: Path, count
     assert operations[1].count("receive") >= 3
     assert operations[0].count("replace") >= GROUP + 2
     every = [f"{rank}:{number}" for rank in (1, 0) for number in range(len(operations[rank]))]
-    chosen = sized([*every[: len(operations[1]) : 2], *every[len(operations[1]) + 2 :: 5]], every)
+    chosen = sized([*every[1 : len(operations[1]) : 3], *every[len(operations[1]) + 3 :: 8]], every)
     for first in range(0, len(chosen), _GROUPS):
         points = chosen[first : first + _GROUPS]
         run_points(memory_path, points)
