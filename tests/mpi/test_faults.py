@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from failing_storage import FailingStorage
-from simulated import Killed, SimulatedTransport, run
+from simulated_ranks import Killed, SimulatedTransport, run
 from size import sized
 
 import gpusaver

@@ -15,7 +15,7 @@ import pytest
 from grids import Index, parts, tilings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import SimulatedTransport, run
+from simulated_ranks import SimulatedTransport, run
 
 import gpusaver
 from gpusaver import PartitionedVariable

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated import SimulatedTransport, run
+from simulated_ranks import SimulatedTransport, run
 
 import gpusaver
 from gpusaver import PartitionedVariable
