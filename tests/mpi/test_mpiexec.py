@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +32,24 @@ def test_two_three_and_four_save_and_one_to_four_restore(prefix: str) -> None:
         np.testing.assert_equal(gpusaver.load(written), tensors(2))
         assert not list(gpusaver.verify(written))
     mpiexec(4, SCRIPT, "restore", *prefixes)
+
+
+@needs_mpiexec
+def test_the_example_ends_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "mpi" / "reshard.py"
+    changed = [mpiexec(count, script, tmp_path / "a", "--steps", steps) for count, steps in ((3, "2"), (2, "4"))]
+    assert "2 ranks resume at step 2\n" in changed[1]
+    unchanged = mpiexec(1, script, tmp_path / "b", "--steps", "4")
+    assert changed[1].splitlines()[-1] == unchanged.splitlines()[-1]
+    assert unchanged.startswith("step 4, weights ")
+
+
+@needs_mpiexec
+def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    block = re.search(r"^```{code-block} python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    script = tmp_path / "train.py"
+    script.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{block[1]}print(report, prefix)\n")
+    assert mpiexec(2, script).count("None run/model.ckpt-1\n") == 2
+    assert gpusaver.load(tmp_path / "run")["embedding"].shape == (1000, 64)
