@@ -14,7 +14,7 @@ OUT ?= build/gpu-session
 
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help install demo test test-tf check test-gpu test-faults fuzz bench bench-gpu gpu-session bench-damage nightly docs protos clean
+.PHONY: help install demo test test-tf check test-gpu test-faults fuzz bench bench-gpu bench-scale bench-mpi gpu-session bench-damage nightly docs protos clean
 .PHONY: active require-gpu require-tf
 
 SYSTEM := $(shell uname -sm)
@@ -177,6 +177,13 @@ gpu-session: require-gpu $(READY)  ## the essential part of test-gpu and bench-g
 bench: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## measure against torch.save, DCP, safetensors, np.savez, Orbax and TensorFlow
 	$(BENCH_PY) benchmarks/bench.py
 	$(BENCH_PY) benchmarks/bench_compat.py
+
+bench-scale: $(READY)  ## plan, merge and commit of 4,096 ranks and 1,000,000 tensors, without their bytes
+	$(PY) benchmarks/scale/scale.py
+
+bench-mpi: $(READY)  ## four ranks against one process with four writers
+	OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PATH="$(dir $(PY)):$$PATH" \
+	    mpiexec -n 4 --map-by :oversubscribe --bind-to none $(PY) benchmarks/mpi_throughput.py
 
 bench-gpu: require-gpu $(READY)  ## measure on an NVIDIA GPU
 	$(PY) benchmarks/bench_gpu.py

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 from gpusaver import checkpoint_state
@@ -111,7 +111,9 @@ def latest_checkpoint(
         check(prefix, checksums=verify == "checksums", storage=storage)
         return prefix
 
-    return first_sound(checkpoint_dir, attempt, latest_filename, allow_outside=allow_outside, storage=storage)
+    storage = storage or LocalStorage()
+    prefixes = candidates(os.fsdecode(checkpoint_dir), latest_filename, allow_outside=allow_outside, storage=storage)
+    return first_sound(checkpoint_dir, attempt, prefixes, storage=storage)
 
 
 def check(prefix: str, *, checksums: bool, storage: Storage | None) -> None:
@@ -124,19 +126,16 @@ def check(prefix: str, *, checksums: bool, storage: Storage | None) -> None:
 def first_sound(
     directory: PathLike,
     attempt: Callable[[str], Result],
-    latest_filename: PathLike | None = None,
+    prefixes: Sequence[str],
     *,
-    allow_outside: bool,
-    storage: Storage | None,
+    storage: Storage,
 ) -> Result | None:
-    """What ``attempt(prefix)`` returns for the first candidate that is not damaged; None if there is no candidate.
+    """What ``attempt(prefix)`` returns for the first of the candidates that is not damaged; None without any.
 
     Damage is DataLossError, OutOfRangeError, InternalError (slices that overlap) and UnknownError (a disk that cannot
     be read); other errors too, if the files are not whole any more when looked at again.
     """
-    storage = storage or LocalStorage()
     damaged: list[str] = []
-    prefixes = candidates(os.fsdecode(directory), latest_filename, allow_outside=allow_outside, storage=storage)
     for prefix in prefixes:
         try:
             return attempt(prefix)

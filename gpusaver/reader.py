@@ -213,6 +213,21 @@ class TensorRead:
         """Stored bytes that will be read; of a V1 checkpoint, whose tensors are in its index, 0."""
         return self._assembly.nbytes if self._assembly is not None else 0
 
+    @property
+    def needed_nbytes(self) -> int:
+        """Stored bytes of what is wanted; of a V1 checkpoint 0."""
+        return self._assembly.needed_nbytes if self._assembly is not None else 0
+
+    @property
+    def read_nbytes(self) -> int:
+        """What :meth:`run` has read from the data files, in all."""
+        return self._assembly.read_nbytes if self._assembly is not None else 0
+
+    @property
+    def partly_read(self) -> set[str]:
+        """See :attr:`gpusaver.pipeline.assemble.Assembly.partly_read`."""
+        return self._assembly.partly_read if self._assembly is not None else set()
+
     def tensor(self, found: Located, target: Target, wanted: TensorSlice | None = None) -> None:
         """Requires: a fixed-size type; the target has the tensor's shape, or that of ``wanted``."""
         if self._assembly is not None and found.entry is not None:

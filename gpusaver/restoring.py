@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
-import gc
 import itertools
 import logging
 import math
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.device import HOST, Admitted, Runtime, admit, known_dtype
 from gpusaver.device.host import byte_bounds
-from gpusaver.errors import Error, InvalidArgumentError, NotFoundError, UnimplementedError
+from gpusaver.errors import DataLossError, Error, InvalidArgumentError, NotFoundError, UnimplementedError
 from gpusaver.pipeline.assemble import Target
 from gpusaver.pipeline.workers import Slots
 from gpusaver.reader import CheckpointReader, Located, TensorRead
@@ -45,6 +45,10 @@ class RestoreReport:
     for those that could not be overwritten and were replaced in their container.  The lists of names
     are sorted.  ``nbytes``: read from the data files, each byte counted once; ``seconds``: until all was read,
     verified, and on its way to its device.
+
+    ``needed_nbytes``: of the variables, as they are stored; ``read_nbytes``: all that was read, with gaps between what
+    is needed, and twice where it was verified before.  ``partly_read``: of their stored slices only the needed part was
+    read, so that no checksum was compared, unless with ``verify="before"``.
     """
 
     def __init__(
@@ -56,6 +60,9 @@ class RestoreReport:
         self.skipped = list(skipped)
         self.values: dict[str, Any] = {}
         self.nbytes = 0
+        self.needed_nbytes = 0
+        self.read_nbytes = 0
+        self.partly_read: list[str] = []
         self.seconds = 0.0
         self._reader = reader
 
@@ -92,30 +99,28 @@ def restore_leaves(
     partial: bool | str,
     reshape: bool,
     verify_first: bool,
+    agree: Callable[[str, str], AbstractContextManager[None]],
 ) -> RestoreReport:
-    """See :meth:`gpusaver.Saver.restore`."""
+    """See :meth:`gpusaver.Saver.restore`.  ``with agree(step, "")``: if one rank fails inside, all do."""
     started_at = time.perf_counter()
-    with _collector_paused():
+    with agree("compare", ""), collector_paused():
         report, read, matches = _plan_all(leaves, reader, partial=partial, reshape=reshape)
     runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
     for runtime in runtimes.values():
         runtime.order_after_caller()
-    read.run(slots, threads, verify_first=verify_first)
-    report.nbytes, report.seconds = read.nbytes, time.perf_counter() - started_at
-    return report
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Some objects for each variable are made at once, and all are needed: looking for garbage among them, again and
-    again, was nearly half of the time of restoring 10,000."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    has_read = False
     try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+        with agree("read", ""):
+            read.run(slots, threads, verify_first=verify_first)
+            has_read = True
+    except DataLossError as error:
+        if has_read:  # it is another rank's
+            error.modified = tuple(report.restored)
+        raise
+    report.nbytes, report.seconds = read.nbytes, time.perf_counter() - started_at
+    report.needed_nbytes, report.read_nbytes = read.needed_nbytes, read.read_nbytes
+    report.partly_read = sorted(read.partly_read)
+    return report
 
 
 def _plan_all(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gpusaver.device import HOST, Runtime
 from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
-from gpusaver.exporting import Description
+from gpusaver.exporting import MetaContent
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
-from gpusaver.pipeline.commit import DIRECT_MIN_NBYTES, BundleCommit, FileVersion, MetaFile
+from gpusaver.pipeline.commit import DIRECT_MIN_NBYTES, BundleCommit, ShardFiles
 from gpusaver.pipeline.plan import Item, Save
 from gpusaver.pipeline.preflight import Preflight
 from gpusaver.pipeline.save import Source, checksums_now, write_chunks
@@ -24,11 +24,30 @@ from gpusaver.storage.base import Storage
 _log = logging.getLogger("gpusaver")
 
 Capture = Literal["auto", "snapshot", "deferred", "blocking"]
+WhenBusy = Literal["wait", "skip", "raise"]
 
 #: Through the page cache both threads copy; where chunks are staged another thread does, and these wait for the disk.
 _THREADS = 2
 _STAGED_THREADS = 3
 _PINNED_SLOTS = 4
+
+
+class SaveRequest(NamedTuple):
+    """How to save.
+
+    ``meta_graph_suffix``: None writes no meta graph.  ``is_awaited``: the caller waits for the end and gets the error.
+    ``copies``: see :meth:`gpusaver.pipeline.preflight.Preflight.check`.  ``finish(prefix)`` is called in the saving
+    thread when the checkpoint is durable, ``on_written(nbytes written, in total)`` from any thread while it is being
+    written.
+    """
+
+    meta_graph_suffix: str | None
+    capture: Capture
+    when_busy: WhenBusy
+    is_awaited: bool
+    copies: int = 1
+    finish: Callable[[str], None] | None = None
+    on_written: Callable[[int, int], None] | None = None
 
 
 class Saving:
@@ -39,19 +58,19 @@ class Saving:
 
     def __init__(self, storage: Storage, direct_io: bool | None, staging_bytes: int, *, strict: bool) -> None:
         self.slots = Slots(CHUNK_NBYTES, max(_PINNED_SLOTS, staging_bytes // CHUNK_NBYTES))
-        self._storage = storage
-        self._direct_io = direct_io
-        self._strict = strict
+        self.storage = storage
+        self.direct_io = direct_io
+        self.strict = strict
+        self.preflight = Preflight(storage)
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
-        self._preflight = Preflight(storage)
 
     def arrange(self, save: Save, directory: str) -> Save:
         """The same, laid out as the files in this directory are best written."""
-        is_direct = self._direct_io
+        is_direct = self.direct_io
         if is_direct is None:
             is_large = max(save.plan.layout.shard_nbytes) >= DIRECT_MIN_NBYTES
-            is_direct = is_large and self._storage.prefers_direct(directory)
+            is_direct = is_large and self.storage.prefers_direct(directory)
         return save.moved(around_cache=is_direct)
 
     def capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
@@ -108,7 +127,7 @@ class Saving:
         self,
         save: Save,
         pending: PendingSave,
-        meta_graph: tuple[str, Description] | None,
+        meta_graph: tuple[str, MetaContent] | None,
         copies: int,
         on_written: Callable[[int, int], None] | None,
     ) -> None:
@@ -118,38 +137,53 @@ class Saving:
         ``on_written(nbytes written, in total)`` is called from any thread.
         """
         layout = save.plan.layout
-        self._preflight.check(pending.prefix, sum(layout.shard_nbytes), len(save.plan.items), copies)
-        commit = BundleCommit(self._storage, pending.prefix, layout.shard_nbytes, direct=self._direct_io)
+        self.preflight.check(pending.prefix, sum(layout.shard_nbytes), len(save.plan.items), copies)
+        commit = BundleCommit(self.storage, pending.prefix, layout.shard_nbytes, direct=self.direct_io)
         try:
-            is_staged = any(file.alignment > 1 for file in commit.files) or save.runtimes != [HOST]
-            threads = _STAGED_THREADS if is_staged else _THREADS
-            checksums = write_chunks(
-                layout,
-                save.sources,
-                commit.files if on_written is None else watched(commit.files, sum(layout.shard_nbytes), on_written),
-                self.slots,
-                1 if self._storage.ordered else threads,
-                on_recorded=pending.mark_recorded,
-                on_staged=pending.mark_captured,
-                cancelled=pending.cancel_requested,
-                timeline=pending.timeline,
-            )
-            with pending.timeline.span("sync"):
-                commit.sync()
-            checksums.update(save.string_checksums)
+            checksums = self.write_data(save, pending, commit, on_written)
             index = save.plan.index(commit.num_shards, checksums)
-            meta = None
-            if meta_graph is not None:
-                path, description = meta_graph
-                meta = MetaFile(path, description.content, description.written)
             pending.begin_commit()
             with pending.timeline.span("commit"):
-                commit.publish(index, meta, strict=self._strict)
-                if meta is not None:
-                    description.written = FileVersion(path, self._storage.version(path))
+                self.publish(commit, index, meta_graph)
         except BaseException:
             commit.abort()
             raise
+
+    def write_data(
+        self,
+        save: Save,
+        pending: PendingSave,
+        into: BundleCommit | ShardFiles,
+        on_written: Callable[[int, int], None] | None,
+    ) -> dict[int, int]:
+        """Fills the data files, syncs them, and returns the checksums by tensor number."""
+        layout, files = save.plan.layout, into.files
+        is_staged = any(file.alignment > 1 for file in files) or save.runtimes != [HOST]
+        threads = _STAGED_THREADS if is_staged else _THREADS
+        checksums = write_chunks(
+            layout,
+            save.sources,
+            files if on_written is None else watched(files, sum(layout.shard_nbytes), on_written),
+            self.slots,
+            1 if self.storage.ordered else threads,
+            on_recorded=pending.mark_recorded,
+            on_staged=pending.mark_captured,
+            cancelled=pending.cancel_requested,
+            timeline=pending.timeline,
+        )
+        with pending.timeline.span("sync"):
+            into.sync()
+        checksums.update(save.string_checksums)
+        return checksums
+
+    def publish(self, commit: BundleCommit, index: bytes, meta_graph: tuple[str, MetaContent] | None) -> None:
+        """See :meth:`BundleCommit.publish`."""
+        if meta_graph is None:
+            commit.publish(index, strict=self.strict)
+            return
+        path, content = meta_graph
+        commit.publish(index, content.file(path), strict=self.strict)
+        content.mark_written(path, self.storage)
 
     def warm_up(self, save: Save, directory: str | None) -> None:
         """Pins the ring, compiles the kernels, and looks at the directory, where there is one."""
@@ -157,8 +191,8 @@ class Saving:
             runtime.warm_up()
             if runtime is not HOST:
                 self.slots.ring(runtime).fill()
-        if directory is not None and self._direct_io is None and self._storage.is_directory(directory):
-            self._storage.prefers_direct(directory)
+        if directory is not None and self.direct_io is None and self.storage.is_directory(directory):
+            self.storage.prefers_direct(directory)
 
     def watch(self, save: Save, pending: PendingSave) -> None:
         """Has ``pending.fence()`` raise FailedPreconditionError if a variable is not as it is now."""

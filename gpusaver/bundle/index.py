@@ -109,9 +109,20 @@ class BundleIndex:
 
     def items(self) -> Iterator[tuple[bytes, Entry]]:
         """All entries as stored, slice keys included, in key order."""
-        for key, value in self._table.items():
-            if key != _HEADER_KEY:
-                yield key, self._decode(key, value)
+        for keys, data, starts, ends in self._table.columns():
+            skipped = 1 if keys[:1] == [_HEADER_KEY] else 0
+            try:
+                entries = decode_entries(data, starts[skipped:], ends[skipped:], self.num_shards)
+            except (DataLossError, UnimplementedError):  # one after the other, up to the one that is wrong
+                for key, start, end in zip(keys[skipped:], starts[skipped:], ends[skipped:], strict=True):
+                    yield key, self._decode(key, data[start:end])
+                continue
+            columns = [column.tolist() for column in entries.ranges]
+            for row, (key, *fields) in enumerate(zip(keys[skipped:], entries.specs, *columns, strict=True)):
+                entry = entries.others.get(row) or Entry(*fields)
+                if entry.slices:
+                    self._check_slices(key, len(entry.slices) * len(key))
+                yield key, entry
 
     def slice_keys(self) -> set[bytes]:
         """The keys of all stored parts of partitioned tensors."""

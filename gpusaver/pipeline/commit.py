@@ -13,6 +13,8 @@
     data files of the checkpoint that was there before: removed
     lock released
 
+Several processes may write one bundle: each has its own data files (:class:`ShardFiles`), one has the commit as well.
+
 A prefix that exists already keeps its old files until the commit: a bundle of N shards is replaced by one of N + 1 (or
 back), the surplus shards empty, so that old and new data files never share a name.
 """
@@ -21,14 +23,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 from gpusaver.bundle.filenames import data_path, index_path, is_data_of, lock_path, split_data_path, temporary_path
 from gpusaver.bundle.index import BundleIndex
 from gpusaver.errors import DataLossError, Error
 from gpusaver.pipeline.check import bundle_problems
-from gpusaver.storage.base import ReadableFile, Storage, WritableFile, new_token
+from gpusaver.storage.base import Storage, WritableFile, new_token
 
 
 class FileVersion(NamedTuple):
@@ -50,22 +52,93 @@ class MetaFile(NamedTuple):
 DIRECT_MIN_NBYTES = 64 * 1024 * 1024
 
 
+class ShardFiles:
+    """Data files of a save under way, under temporary names, space reserved.  One thread at a time.
+
+    ``nbytes``: shard -> size of its file.  ``token`` is that of the whole save.  ``direct``: None asks the storage what
+    suits the directory; True or False decides.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        prefix: str,
+        num_shards: int,
+        token: str,
+        nbytes: Mapping[int, int],
+        *,
+        direct: bool | None,
+    ) -> None:
+        self.files: list[WritableFile] = []
+        self._storage = storage
+        self._paths = [temporary_path(data_path(prefix, shard, num_shards), token) for shard in nbytes]
+        try:
+            for path, size in zip(self._paths, nbytes.values(), strict=True):
+                is_direct = size >= DIRECT_MIN_NBYTES if direct is None else direct and size > 0
+                if is_direct and direct is None:
+                    is_direct = storage.prefers_direct(os.path.dirname(prefix))
+                self.files.append(storage.create(path, size, direct=is_direct))
+        except BaseException:
+            self.abort()
+            raise
+
+    def sync(self) -> None:
+        """The data files are complete."""
+        for file in self.files:
+            file.sync()
+            file.close()
+
+    def damage(self, index: bytes) -> str | None:
+        """The first thing that differs from ``index``, whose shards these are, when they are read from the medium."""
+        problems = bundle_problems(
+            BundleIndex(index, "the index to be written"),
+            lambda shard: self._storage.open(self._paths[shard], uncached=True),
+            lambda shard: self._paths[shard],
+            checksums=True,
+            some_slices=True,
+        )
+        return next(problems, None)
+
+    def keep(self) -> None:
+        """They have got other names, or belong to somebody else now."""
+        self.files.clear()
+
+    def abort(self) -> None:
+        """Removes what was written.  Never raises."""
+        for file in self.files:
+            file.abort()
+        self.keep()
+
+
 class BundleCommit:
     """The files of one save under way.  Methods are called from one thread at a time.
 
-    ``direct``: None asks the storage what suits the directory; True or False decides.  Raises FailedPreconditionError,
-    naming the owner of the lock, if the prefix is being saved by another.
+    ``elsewhere``: shards whose files other processes write, as :class:`ShardFiles` with this commit's ``num_shards``
+    and ``token``.  ``direct``: as there.  Raises FailedPreconditionError, naming the owner of the lock, if the prefix
+    is being saved by another.
     """
 
-    def __init__(self, storage: Storage, prefix: str, shard_nbytes: Sequence[int], *, direct: bool | None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        prefix: str,
+        shard_nbytes: Sequence[int],
+        *,
+        direct: bool | None,
+        elsewhere: Collection[int] = (),
+    ) -> None:
         self._storage = storage
         self._prefix = prefix
         self._directory, base = os.path.split(prefix)
-        self._token = new_token()
+        self.token = new_token()
         # Like the index's, so that whoever looks for leftovers knows whose it is: a suffix may be anything.
         self._meta_temporary = temporary_path(index_path(prefix), new_token())
-        self.files: list[WritableFile] = []
+        self._shards: ShardFiles | None = None
+        self._elsewhere = elsewhere
+        self._written: list[WritableFile] = []
         self._renamed: list[str] = []
+        #: Whether readers see the new checkpoint, or may: from then on its files must stay.
+        self.is_committed = False
         self._lock = storage.lock(lock_path(index_path(prefix)))
         try:
             self._create(base, shard_nbytes, direct)
@@ -81,26 +154,27 @@ class BundleCommit:
             n for n in range(len(shard_nbytes), len(shard_nbytes) + len(taken) + 1) if n not in taken
         )
         self._finals = [data_path(prefix, shard, self.num_shards) for shard in range(self.num_shards)]
-        sizes = [*shard_nbytes, *[0] * (self.num_shards - len(shard_nbytes))]
-        for path, nbytes in zip(self._finals, sizes, strict=True):
-            is_direct = nbytes >= DIRECT_MIN_NBYTES if direct is None else direct and nbytes > 0
-            if is_direct and direct is None:
-                is_direct = storage.prefers_direct(self._directory)
-            self.files.append(storage.create(self._temporary(path), nbytes, direct=is_direct))
+        sizes = dict(enumerate([*shard_nbytes, *[0] * (self.num_shards - len(shard_nbytes))]))
+        mine = {shard: nbytes for shard, nbytes in sizes.items() if shard not in self._elsewhere}
+        self._shards = ShardFiles(storage, prefix, self.num_shards, self.token, mine, direct=direct)
+
+    @property
+    def files(self) -> list[WritableFile]:
+        """The data files that are not ``elsewhere``, in the order of their shards."""
+        return self._shards.files if self._shards is not None else []
 
     def _temporary(self, path: str) -> str:
-        return temporary_path(path, self._token)
+        return temporary_path(path, self.token)
 
     def sync(self) -> None:
         """The data files are complete.  Call it before :meth:`publish`."""
-        for file in self.files:
-            file.sync()
-            file.close()
+        if self._shards is not None:
+            self._shards.sync()
 
     def publish(self, index: bytes, meta: MetaFile | None = None, *, strict: bool = False) -> None:
         """Makes the bundle durable and visible, and with it the `.meta` file.
 
-        ``strict``: if it can be read again as it was written.
+        ``strict``: if it can be read again as it was written (data files that are not ``elsewhere``).
 
         If it raises, call :meth:`abort`: then the prefix is as it was, unless only a step after the commit point
         failed; then the new checkpoint is there, perhaps not durable, perhaps without its `.meta`.
@@ -117,14 +191,16 @@ class BundleCommit:
         try:
             storage.replace(self._temporary(final_index), final_index)
         except Error:
-            if self._may_be_committed():
+            self.is_committed = self._may_be_committed()
+            if self.is_committed:
                 self._renamed.clear()
             raise
+        self.is_committed = True
         self._keep()
         if meta is not None and meta_file is not None:
-            self.files.append(meta_file)
+            self._written.append(meta_file)
             storage.replace(self._meta_temporary, meta.path)
-            self.files.pop().abort()  # of two names of one file a rename leaves both
+            self._written.pop().abort()  # of two names of one file a rename leaves both
         storage.sync_directory(self._directory)
         for name in self._old:
             with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
@@ -132,27 +208,15 @@ class BundleCommit:
         self._lock.release()
 
     def _read_again(self, written: bytes) -> None:
-        def open_again(path: str) -> ReadableFile:
-            return self._storage.open(self._temporary(path), uncached=True)
-
         path = self._temporary(index_path(self._prefix))
         problem: str | None = f"{path} is not what was written"
-        with contextlib.closing(open_again(index_path(self._prefix))) as file:
+        with contextlib.closing(self._storage.open(path, uncached=True)) as file:
             found = bytearray(len(written))
             file.read_into(0, [memoryview(found)])
         if found == written and file.size == len(written):
-            problems = bundle_problems(
-                BundleIndex(written, path),
-                lambda shard: open_again(self._finals[shard]),
-                lambda shard: self._temporary(self._finals[shard]),
-                checksums=True,
-            )
-            problem = next(problems, None)
+            problem = None if self._elsewhere or self._shards is None else self._shards.damage(written)
         if problem is not None:
-            raise DataLossError(
-                f"cannot save {self._prefix}: what was written differs when it is read again. {problem}. The disk, its "
-                "cable or the memory is failing; save elsewhere"
-            )
+            raise differs_when_read_again(self._prefix, problem)
 
     def _meta_file(self, meta: MetaFile) -> WritableFile | None:
         """The `.meta` file, complete and durable under its temporary name; None if it is there under its own."""
@@ -162,16 +226,16 @@ class BundleCommit:
                 return None
             file = self._storage.link(twin.path, self._meta_temporary)
             if file is not None:
-                self.files.append(file)
+                self._written.append(file)
                 if self._storage.version(self._meta_temporary) == twin.version:
                     return file
-                self.files.pop().abort()  # somebody has changed the twin
+                self._written.pop().abort()  # somebody has changed the twin
         return self._write(self._meta_temporary, meta.content())
 
     def _write(self, temporary: str, content: bytes) -> WritableFile:
         """A small file, complete and durable under its temporary name."""
         file = self._storage.create(temporary, len(content))
-        self.files.append(file)
+        self._written.append(file)
         file.write_at(0, [memoryview(content)])
         file.sync()
         file.close()
@@ -187,14 +251,28 @@ class BundleCommit:
     def _keep(self) -> None:
         """The new checkpoint is the one that readers see: it must not be taken away again."""
         self._renamed.clear()
-        self.files.clear()
+        self._written.clear()
+        if self._shards is not None:
+            self._shards.keep()
 
     def abort(self) -> None:
         """Removes what was written and releases the lock.  Never raises; what is committed stays."""
-        for file in self.files:
+        paths = self._renamed
+        if self._shards is not None:
+            self._shards.abort()
+            # Whoever writes them may be gone.
+            paths = [*paths, *(self._temporary(self._finals[shard]) for shard in self._elsewhere)]
+        for file in self._written:
             file.abort()
-        for path in self._renamed:
+        for path in paths:
             with contextlib.suppress(Error):
                 self._storage.remove(path)
         self._keep()
         self._lock.release()
+
+
+def differs_when_read_again(prefix: str, problem: str) -> DataLossError:
+    return DataLossError(
+        f"cannot save {prefix}: what was written differs when it is read again. {problem}. The disk, its "
+        "cable or the memory is failing; save elsewhere"
+    )

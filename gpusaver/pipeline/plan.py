@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.bundle.crc import mask
 from gpusaver.bundle.index import Entry, IndexTemplate
 from gpusaver.bundle.layout import PAGE, Layout, plan_layout
@@ -153,6 +154,7 @@ class Save:
         return self.plan.runtimes
 
 
+@collector_paused()
 def plan_save(leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None) -> Save:
     """Raises TypeError for leaves that cannot be stored, InvalidArgumentError for slices that overlap.
 
@@ -288,12 +290,10 @@ def _make_plan(leaves: Sequence[Leaf], rows: list[_Row], sources: Sequence[Sourc
     items: list[Item] = []
     parts: dict[bytes, list[tuple[Leaf, TensorSpec]]] = {}
     for leaf, (name, spec, tensor, device, size, part, full_shape, _, _) in zip(leaves, rows, strict=True):
-        key = name.encode("utf-8", "surrogateescape")
         nbytes[tensor], shards[tensor] = size, shard_numbers.get(device, 0)
         if part is not None and full_shape is not None and not part.is_whole(full_shape):
-            parts.setdefault(key, []).append((leaf, spec))
-            key = slice_key(key, part)
-        items.append(Item(key, spec, tensor))
+            parts.setdefault(name.encode("utf-8", "surrogateescape"), []).append((leaf, spec))
+        items.append(Item(stored_key(leaf), spec, tensor))
     partitioned = [(key, _partitioned_entry(key, members)) for key, members in parts.items()]
     if partitioned:
         items.sort(key=lambda item: item.key)
@@ -305,6 +305,12 @@ def _make_plan(leaves: Sequence[Leaf], rows: list[_Row], sources: Sequence[Sourc
         max(1, len(shard_names)),
     )
     return Plan(rows, _columns(rows), items, partitioned, runtimes, layout, layout.places().tolist())
+
+
+def stored_key(leaf: Leaf) -> bytes:
+    """The key of the leaf's bytes: the name, or that of a part under it."""
+    key, part = leaf.name.encode("utf-8", "surrogateescape"), leaf.part
+    return key if part is None or part.slice.is_whole(part.full_shape) else slice_key(key, part.slice)
 
 
 def _devices_first(runtime: Runtime) -> tuple[bool, str]:

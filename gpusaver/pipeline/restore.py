@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,11 @@ def read_entries(
     *,
     describe: Callable[[int], str],
     keep: bool = True,
-) -> None:
-    """Fills the arrays, from ``threads`` threads; returns when all is read and verified.
+    max_gap: int | None = None,
+) -> int:
+    """Fills the arrays, from ``threads`` threads; returns, when all is read and verified, how many bytes it has read.
+
+    Gaps of up to ``max_gap`` bytes are read through, and count; None: where that is faster than two reads.
 
     ``describe(shard)`` names the data file in errors.  With ``keep=False`` everything is read and verified, nothing
     is written.  Raises DataLossError with ``modified`` set; OutOfRangeError if a file ends early.
@@ -113,6 +116,7 @@ def read_entries(
     ranges = reads.ranges
     verifier = _Verifier(reads, describe)
     splitting = threading.Lock()
+    nbytes = 0
 
     def read(chunk: Chunk, slot: LazySlot) -> None:
         runtime = reads.runtimes[chunk.tensors[0]]
@@ -140,9 +144,15 @@ def read_entries(
             with splitting if _splits_elements(chunk, reads) else contextlib.nullcontext():
                 HOST.from_slot(transfers, staged)
 
+    def counted(parts: Iterator[Chunk]) -> Iterator[Chunk]:
+        nonlocal nbytes
+        for chunk in parts:
+            nbytes += chunk.nbytes
+            yield chunk
+
     try:
-        parts = chunks(*ranges[:3], _owners(reads), CHUNK_NBYTES, max_gap=_MAX_GAP)
-        work_off(parts, read, slots, threads)
+        gap = _MAX_GAP if max_gap is None else max_gap
+        work_off(counted(chunks(*ranges[:3], _owners(reads), CHUNK_NBYTES, max_gap=gap)), read, slots, threads)
         verifier.finish()
     except DataLossError as error:
         raise DataLossError(error.message, modified=verifier.modified if keep else ()) from error
@@ -150,6 +160,7 @@ def read_entries(
         if keep and verifier.modified:
             error.add_note(f"Variables that had been overwritten by then: {', '.join(verifier.modified[:20])}")
         raise
+    return nbytes
 
 
 def _read_to_device(
