@@ -34,6 +34,10 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
+# Programs that come in wheels lie beside the interpreter, or in the PATH like it.
+BIN := $(if $(findstring /,$(PY)),$(dir $(PY)))
+VALID := $(BIN)check-jsonschema --quiet --builtin-schema vendor.
+
 # TensorFlow and the peers of the benchmark pin their own NumPy and protobuf: each has an environment of its own.
 TF_PY := .venv-tf/bin/python
 BENCH_PY := .venv-bench/bin/python
@@ -173,6 +177,15 @@ check: $(READY)  ## lint, format, types, layers, generated messages, workflows, 
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(PY) proto/generate.py --check
 	$(PY) tools/check_kernels.py
+	$(BIN)actionlint
+	$(BIN)zizmor --offline --quiet .github
+	$(BIN)hadolint docker/Dockerfile
+	$(VALID)github-workflows .github/workflows/*.yml
+	$(VALID)github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/wish.yml
+	$(VALID)github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VALID)dependabot .github/dependabot.yml
+	$(VALID)compose-spec docker/compose.yaml
+	$(VALID)citation-file-format CITATION.cff
 	@$(MAKE) docs
 
 test-gpu: require-gpu $(READY)   ## the tests on an NVIDIA GPU
@@ -197,7 +210,7 @@ test-faults: $(READY)  ## the long runs of faults, kills, damage and fuzzing; pr
 	GPUSAVER_FAULTS=long $(PY) -m pytest -n 2 tests/faults tests/fuzz tests/saver/test_failures.py \
 	    tests/saver/test_processes.py tests/test_damage.py
 
-FUZZ_SECONDS = 60
+FUZZ_SECONDS ?= 60
 fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS each (Linux x86-64)
 	@for target in index v1 state meta object_graph strings; do \
 	    $(FUZZ_PY) tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) || exit 1; done
