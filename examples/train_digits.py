@@ -89,7 +89,10 @@ def train_step(xp: Any, state: dict[str, Any], images: Any, labels: Any) -> floa
 
 
 def train(directory: str, epochs: int, *, forget_shuffle: bool = False, storage: Any = None) -> None:
-    """Trains up to ``epochs``, from the newest checkpoint in ``directory`` on, and saves after every epoch; SIGTERM ends it at such a save."""
+    """Trains up to ``epochs``, from the newest checkpoint in ``directory`` on, and saves after every epoch.
+
+    SIGTERM ends it at the next of these saves.
+    """
     from sklearn.datasets import load_digits
 
     xp, device = array_module()
