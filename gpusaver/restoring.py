@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import logging
@@ -237,6 +236,8 @@ def _complain(
 
 
 def _with_suggestions(missing: Iterable[str], reader: CheckpointReader) -> list[str]:
+    import difflib  # only this error needs it
+
     names = list(reader)
     count = min(_MAX_SUGGESTIONS, _MAX_COMPARISONS // max(1, len(names)))
     lines = []

@@ -272,11 +272,12 @@ def _identity(runtime: Runtime, array: Any, own_memory: bool) -> Any:
     """Equal for arrays that are the same bytes: tied variables are stored once.
 
     NumPy arrays that own their memory are the same bytes only if they are the same object, which is cheaper to see.
+    Empty arrays have none in common, whatever their address: on a device it is 0.
     """
+    if own_memory or array.nbytes == 0:
+        return id(array)
     if runtime is not HOST:
         return (array.data.ptr, array.shape, array.strides, array.dtype, runtime)
-    if own_memory:
-        return id(array)
     return (address(array), array.shape, array.strides, array.dtype)
 
 
