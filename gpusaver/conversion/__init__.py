@@ -44,8 +44,8 @@ def convert(
     source: PathLike,
     destination: PathLike,
     *,
-    include: str = "",
-    exclude: str | None = None,
+    include: str | re.Pattern[str] | None = None,
+    exclude: str | re.Pattern[str] | None = None,
     overwrite: bool = False,
     on_written: Callable[[int, int], None] = lambda written, total: None,
 ) -> Conversion:
@@ -65,7 +65,12 @@ def convert(
     if exists and not overwrite:
         raise InvalidArgumentError(f"{path} exists; pass --overwrite (overwrite=True) to replace it, or another name")
     with open_source(source) as (tensors, left_out):
-        chosen = [t for t in tensors if re.search(include, t.name) and not (exclude and re.search(exclude, t.name))]
+        chosen = [
+            tensor
+            for tensor in tensors
+            if (include is None or re.search(include, tensor.name))
+            and not (exclude is not None and re.search(exclude, tensor.name))
+        ]
         left_out = list(left_out)
         if kind and any(tensor.name == tensorflow.OBJECT_GRAPH for tensor in chosen):
             chosen = [tensor for tensor in chosen if tensor.name != tensorflow.OBJECT_GRAPH]

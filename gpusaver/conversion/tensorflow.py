@@ -29,10 +29,10 @@ _ZEROS = np.zeros(PAGE, np.uint8)
 @contextlib.contextmanager
 def read(reader: CheckpointReader) -> Iterator[Source]:
     with TensorStream(reader) as stream:
-        yield Source([_tensor(stream, reader, name) for name in reader], [])
+        yield Source([source_tensor(stream, reader, name) for name in reader], [])
 
 
-def _tensor(stream: TensorStream, reader: CheckpointReader, name: str) -> SourceTensor:
+def source_tensor(stream: TensorStream, reader: CheckpointReader, name: str) -> SourceTensor:
     found = reader.find(name)
     assert found is not None
 

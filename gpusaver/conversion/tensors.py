@@ -72,7 +72,7 @@ def refuse(path: str, lacking: Sequence[SourceTensor], why: str) -> None:
         names = ", ".join(f"{tensor.name} ({tensor.spec.dtype.name})" for tensor in lacking[:20])
         more = f" and {len(lacking) - 20} more" if len(lacking) > 20 else ""
         raise InvalidArgumentError(
-            f"{path}: {why}: {names}{more}. Leave them out with --exclude, or convert to another"
+            f"{path}: {why}: {names}{more}. Leave them out with --exclude, or choose another format"
         )
 
 
