@@ -14,7 +14,7 @@ OUT ?= build/gpu-session
 
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help install demo test test-tf check test-gpu test-faults fuzz bench bench-gpu gpu-session bench-damage nightly docs protos clean
+.PHONY: help install demo test test-tf test-torch check test-gpu test-faults fuzz bench bench-gpu gpu-session bench-damage nightly docs protos clean
 .PHONY: active require-gpu require-tf
 
 SYSTEM := $(shell uname -sm)
@@ -105,8 +105,8 @@ $(VENV)/.installed: pyproject.toml
 
 .venv-bench/.installed: pyproject.toml benchmarks/requirements.txt
 	$(call make_venv,.venv-bench)
-	@echo ".venv-bench: installing gpusaver and the libraries it is measured against"
-	@$(BENCH_PY) -m pip install --quiet -e . -r benchmarks/requirements.txt
+	@echo ".venv-bench: installing gpusaver[test] and the libraries it is measured against"
+	@$(BENCH_PY) -m pip install --quiet -e '.[test]' -r benchmarks/requirements.txt
 	@touch $@
 
 .venv-orbax/.installed: benchmarks/requirements-orbax.txt
@@ -154,6 +154,9 @@ test: $(READY)   ## the tests that need neither TensorFlow nor a GPU
 test-tf: require-tf $(TF_READY)  ## against TensorFlow, in an environment of its own (Linux x86-64)
 	GPUSAVER_BASIC_PITCH=$(BASIC_PITCH) $(TF_PY) -m pytest tests/tf
 
+test-torch: .venv-bench/.installed  ## the adapter for PyTorch, in the environment of the benchmarks
+	$(BENCH_PY) -m pytest tests/test_torch.py
+
 check: $(READY)  ## lint, format, types, layers, generated messages, documentation
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -193,8 +196,10 @@ fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS eac
 bench-damage: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## damage and kill gpusaver, its peers and Orbax
 	$(BENCH_PY) benchmarks/damage_peers.py
 
-nightly: $(READY)  ## test and test-tf with many more generated examples; all mutants of the CUDA path, its coverage
+nightly: $(READY)  ## test and test-tf with many more generated examples; PyTorch; 2 GB converted; all mutants of the CUDA path, its coverage
 	PYTEST_ADDOPTS=--hypothesis-profile=nightly $(MAKE) test test-tf
+	$(MAKE) test-torch
+	$(PY) benchmarks/memory_convert.py
 	$(PY) -m pytest -n 2 -m mutations tests/test_mutations.py
 	$(PY) tools/cuda_coverage.py
 

@@ -15,8 +15,9 @@ from gpusaver.bundle import filenames
 from gpusaver.checkpoint_state import get_checkpoint_state, remove_checkpoint, state_lock, write_state
 from gpusaver.cli import screen
 from gpusaver.cli.listing import Listed, checkpoints, regex, storage_of
-from gpusaver.cli.screen import Column, count, json_option, print_json, print_table, say, size
+from gpusaver.cli.screen import Column, count, json_option, print_json, print_table, say
 from gpusaver.conversion import convert as convert_checkpoint
+from gpusaver.display import size
 from gpusaver.errors import InvalidArgumentError, NotFoundError
 from gpusaver.finding import prefix_of
 from gpusaver.manager.memory import Memory

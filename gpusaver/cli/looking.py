@@ -15,10 +15,11 @@ from rich.tree import Tree
 from gpusaver.bundle.slices import slice_key
 from gpusaver.cli import screen
 from gpusaver.cli.listing import checkpoints, open_reader, regex
-from gpusaver.cli.screen import Column, count, json_option, print_json, print_table, say, shown, size
+from gpusaver.cli.screen import Column, count, json_option, print_json, print_table, say
 from gpusaver.cli.statistics import Statistics
 from gpusaver.conversion import npz, tensorflow
 from gpusaver.conversion.tensors import refuse, replacing
+from gpusaver.display import shown, size
 from gpusaver.errors import NotFoundError
 from gpusaver.finding import latest_checkpoint
 from gpusaver.reader import CheckpointReader

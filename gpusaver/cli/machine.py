@@ -16,8 +16,9 @@ import numpy as np
 import gpusaver
 from gpusaver.cli import measuring, screen
 from gpusaver.cli.listing import storage_of
-from gpusaver.cli.screen import Column, json_option, print_json, print_table, rate, say, size
+from gpusaver.cli.screen import Column, json_option, print_json, print_table, rate, say
 from gpusaver.device.inventory import devices, software, why_no_devices
+from gpusaver.display import size
 from gpusaver.errors import Error, InvalidArgumentError
 from gpusaver.pipeline.commit import DIRECT_MIN_NBYTES
 from gpusaver.storage.local import DIRECT_FILE_SYSTEMS, file_system

@@ -2,7 +2,7 @@
 
 On a terminal a table is drawn; elsewhere it is lines of fields between tabs, sizes and times as plain numbers, and
 nothing else is drawn.  Names come from files that anybody may have written: whatever could steer a terminal, or look
-like something it is not, is shown as an escape (:func:`shown`).
+like something it is not, is shown as an escape (:func:`gpusaver.display.shown`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from gpusaver.display import shown
 
 Row = Mapping[str, Any]
 
@@ -47,18 +49,6 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def console(*, stderr: bool = False) -> Console:
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=False, stderr=stderr)
-
-
-def shown(text: str) -> str:
-    """Printable characters alone: any other as ``\\x1b`` or ``\\u202e``, a byte that is not UTF-8 as ``\\xff``."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that was not UTF-8, by surrogateescape
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def say(text: str = "", *, style: str | None = None) -> None:
@@ -127,17 +117,6 @@ def _field(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(_field(item) for item in value)
     return shown(str(value))
-
-
-def size(nbytes: float) -> str:
-    """``1.50 MB``; decimal, as disks are sold and as the benchmarks count."""
-    if nbytes < 1000:
-        return f"{nbytes:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB"):
-        nbytes /= 1000
-        if nbytes < 999.5 or unit == "TB":
-            break
-    return f"{nbytes:.3g} {unit}" if nbytes < 99.95 else f"{nbytes:.0f} {unit}"
 
 
 def count(number: int, noun: str) -> str:

@@ -15,7 +15,8 @@ from gpusaver.cli import screen
 from gpusaver.cli.listing import storage_of
 from gpusaver.cli.machine import size_in_bytes
 from gpusaver.cli.measuring import save
-from gpusaver.cli.screen import Column, json_option, print_json, print_table, rate, say, size
+from gpusaver.cli.screen import Column, json_option, print_json, print_table, rate, say
+from gpusaver.display import shown, size
 from gpusaver.errors import DataLossError, from_os_error
 from gpusaver.pipeline.timeline import STAGES, Span, busy_seconds, chrome_trace
 
@@ -56,7 +57,7 @@ def trace(source: str, output: str, nbytes: int, as_json: bool) -> None:
         title = os.path.basename(source)
     from gpusaver.cli.gantt import draw
 
-    draw(spans, screen.shown(title), f"{output}.png")
+    draw(spans, shown(title), f"{output}.png")
     rows = _rows(spans)
     if as_json:
         print_json({"seconds": max(span.end for span in spans), "stages": rows, "picture": f"{output}.png"})

@@ -19,7 +19,7 @@ import gpusaver
 from gpusaver.bundle.entry import Entry
 from gpusaver.bundle.index import encode_index
 from gpusaver.cli.app import command
-from gpusaver.cli.screen import shown
+from gpusaver.display import shown
 from gpusaver.tensor import DataType, TensorSpec
 
 HOSTILE = [
