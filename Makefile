@@ -14,7 +14,7 @@ OUT ?= build/gpu-session
 
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help install demo test test-tf test-lowest check test-gpu test-faults fuzz bench bench-gpu bench-scale bench-mpi
+.PHONY: help install demo test test-tf test-lowest test-torch check test-gpu test-faults fuzz bench bench-gpu bench-scale bench-mpi
 .PHONY: gpu-session bench-damage nightly docs package first-visit docker-test protos clean
 .PHONY: active require-gpu require-tf
 
@@ -111,8 +111,8 @@ $(VENV)/.installed: pyproject.toml
 
 .venv-bench/.installed: pyproject.toml benchmarks/requirements.txt
 	$(call make_venv,.venv-bench)
-	@echo ".venv-bench: installing gpusaver and the libraries it is measured against"
-	@$(BENCH_PY) -m pip install --quiet -e . -r benchmarks/requirements.txt
+	@echo ".venv-bench: installing gpusaver[test] and the libraries it is measured against"
+	@$(BENCH_PY) -m pip install --quiet -e '.[test]' -r benchmarks/requirements.txt
 	@touch $@
 
 .venv-orbax/.installed: benchmarks/requirements-orbax.txt
@@ -170,6 +170,9 @@ test-tf: require-tf $(TF_READY)  ## against TensorFlow, in an environment of its
 test-lowest: .venv-lowest/.installed  ## `test` on Python 3.11 with the oldest releases that pyproject.toml allows
 	$(LOWEST_PY) -m pytest -n 2 --ignore tests/tf --ignore tests/gpu
 
+test-torch: .venv-bench/.installed  ## the adapter for PyTorch, in the environment of the benchmarks
+	$(BENCH_PY) -m pytest tests/test_torch.py
+
 check: $(READY)  ## lint, format, types, layers, generated messages, workflows, Dockerfile, documentation
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -225,8 +228,10 @@ fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS eac
 bench-damage: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## damage and kill gpusaver, its peers and Orbax
 	$(BENCH_PY) benchmarks/damage_peers.py
 
-nightly: $(READY)  ## test and test-tf with many more generated examples; mutants and coverage of the CUDA path; oldest releases, packages, containers
+nightly: $(READY)  ## test and test-tf with many more examples; PyTorch; 2 GB converted; mutants, coverage; oldest releases, packages, containers
 	PYTEST_ADDOPTS=--hypothesis-profile=nightly $(MAKE) test test-tf
+	$(MAKE) test-torch
+	$(PY) benchmarks/memory_convert.py
 	$(PY) -m pytest -n 2 -m mutations tests/test_mutations.py
 	$(PY) tools/cuda_coverage.py
 	$(MAKE) test-lowest package first-visit docker-test

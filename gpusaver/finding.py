@@ -116,6 +116,26 @@ def latest_checkpoint(
     return first_sound(checkpoint_dir, attempt, prefixes, storage=storage)
 
 
+def prefix_of(path: PathLike, *, storage: Storage | None = None) -> str:
+    """The checkpoint that a path stands for: a prefix itself, of a directory the newest, of a SavedModel its variables.
+
+    The newest is what the state file calls so if it is there, else what the directory has.  Nothing is verified.
+    Raises NotFoundError for a directory without checkpoints.
+    """
+    storage = storage or LocalStorage()
+    text = os.fsdecode(path)
+    if not storage.is_directory(text):
+        return text
+    variables = os.path.join(text, "variables", "variables")
+    if checkpoint_state.checkpoint_exists(variables, storage=storage):
+        return variables
+    prefixes = candidates(text, None, allow_outside=False, storage=storage)
+    found = next((prefix for prefix in prefixes if checkpoint_state.checkpoint_exists(prefix, storage=storage)), None)
+    if found is None:
+        raise NotFoundError(f"no checkpoint in the directory {text}: no state file, no .index, no variables/")
+    return found
+
+
 def check(prefix: str, *, checksums: bool, storage: Storage | None) -> None:
     """Raises DataLossError with the first of the problems that :func:`verify` finds."""
     problem = next(verify(prefix, checksums=checksums, storage=storage), None)

@@ -196,6 +196,12 @@ class CheckpointReader:
     def __repr__(self) -> str:
         return f"<gpusaver.CheckpointReader {self.prefix!r}>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from gpusaver.display import html_table
+
+        return html_table(self.prefix, self._specs().items())
+
 
 class TensorRead:
     """Some tensors of one checkpoint, of either format, read together.  Made for one use by one thread."""

@@ -37,6 +37,28 @@ def why_no_devices() -> str:
     return _look()[1]
 
 
+def software() -> dict[str, str]:
+    """What stands between arrays and devices, "" for what is not there.
+
+    "cupy"; "cuda", for which it was built; "driver", the newest CUDA that the driver runs; "nvml", the driver's own
+    version; "nvrtc"; and "cupy problem", "nvrtc problem": why there is none.  Does not raise; imports CuPy.
+    """
+    found = dict.fromkeys(("cupy", "cuda", "driver", "nvrtc", "cupy problem", "nvrtc problem"), "")
+    found["nvml"] = nvml.driver_version()
+    try:
+        from gpusaver.device import cuda_info
+
+        found |= cuda_info.versions()
+    except Exception as error:  # CuPy raises what it likes if a library does not fit
+        found["cupy problem"] = str(error)
+        return found
+    try:
+        found["nvrtc"] = cuda_info.nvrtc_version()
+    except Exception as error:
+        found["nvrtc problem"] = str(error)
+    return found
+
+
 def link_rate(name: str) -> float:
     """``DeviceInfo.link_rate`` of the device called "cuda:0" and so on; 0.0 if unknown, and of the host."""
     return _lasting(name).link_rate
