@@ -139,7 +139,7 @@ class CheckpointReader:
             return None
         return Located(name, _key(other), entry.spec, entry)
 
-    def plain_rows(self, names: Sequence[str]) -> tuple[Entries, list[int | None]] | None:
+    def plain_rows(self, names: Sequence[str]) -> tuple[Entries, Sequence[int | None]] | None:
         """The entries, and for each name the row of the tensor stored under it, whole and as it lies in memory.
 
         A row is None, or all of it, where that is not so or not worth finding out for so few.

@@ -135,7 +135,8 @@ class Ranges(NamedTuple):
     crc: Column
 
     def take(self, rows: Sequence[int]) -> Ranges:
-        return Ranges(*(column[rows] for column in self))
+        index = np.asarray(rows, np.int64)
+        return Ranges(*(column[index] for column in self))
 
 
 class Entries(Sequence[Entry]):

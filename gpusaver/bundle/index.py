@@ -80,7 +80,7 @@ class BundleIndex:
         value = self._table.get(key) if key != _HEADER_KEY else None
         return None if value is None else self._decode(key, value)
 
-    def rows(self, keys: Sequence[bytes]) -> tuple[Entries, list[int | None]] | None:
+    def rows(self, keys: Sequence[bytes]) -> tuple[Entries, Sequence[int | None]] | None:
         """All entries, and the rows of these keys among them; None if that costs more than to get each alone."""
         if self._entries is None:
             if len(keys) < _MIN_BULK_LOOKUPS or len(keys) * _BULK_ENTRY_NBYTES < self._table.nbytes:
@@ -91,7 +91,7 @@ class BundleIndex:
                 return None  # what is wrong is said when the entry is asked for
         assert self._entries is not None
         if keys == self._keys:  # nearly always, where all of a checkpoint is restored
-            return self._entries, list(range(len(keys)))
+            return self._entries, range(len(keys))
         return self._entries, list(map(self._rows.get, keys))
 
     @functools.cached_property

@@ -199,6 +199,8 @@ def _splits_elements(chunk: Chunk, reads: Reads) -> bool:
 
 
 def _owners(reads: Reads) -> npt.NDArray[np.int64]:
+    if len(set(map(id, reads.runtimes))) <= 1:
+        return np.zeros(len(reads), np.int64)
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(runtime.name, len(numbers)) for runtime in reads.runtimes], np.int64)
 
