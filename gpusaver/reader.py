@@ -20,7 +20,7 @@ from gpusaver.bundle.v1 import V1Bundle
 from gpusaver.checkpoint_state import PathLike, latest_checkpoint, v1_files
 from gpusaver.device import HOST, Runtime, cuda_module
 from gpusaver.errors import InvalidArgumentError, NotFoundError
-from gpusaver.pipeline.assemble import Assembly, Target, allocate, cut, upload
+from gpusaver.pipeline.assemble import Assembly, PartlyRead, Target, allocate, cut, upload
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage, read_bytes
@@ -230,9 +230,9 @@ class TensorRead:
         return self._assembly.read_nbytes if self._assembly is not None else 0
 
     @property
-    def partly_read(self) -> set[str]:
+    def partly_read(self) -> list[PartlyRead]:
         """See :attr:`gpusaver.pipeline.assemble.Assembly.partly_read`."""
-        return self._assembly.partly_read if self._assembly is not None else set()
+        return self._assembly.partly_read if self._assembly is not None else []
 
     def tensor(self, found: Located, target: Target, wanted: TensorSlice | None = None) -> None:
         """Requires: a fixed-size type; the target has the tensor's shape, or that of ``wanted``."""

@@ -8,8 +8,8 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 from gpusaver.bundle.bulk import collector_paused
 from gpusaver.device import HOST, Admitted, Runtime, admit, known_dtype
 from gpusaver.device.host import byte_bounds
+from gpusaver.distributed.group import Group
+from gpusaver.distributed.parts import compare_parts
 from gpusaver.errors import DataLossError, Error, InvalidArgumentError, NotFoundError, UnimplementedError
 from gpusaver.pipeline.assemble import Target
 from gpusaver.pipeline.workers import Slots
@@ -46,8 +48,8 @@ class RestoreReport:
     verified, and on its way to its device.
 
     ``needed_nbytes``: of the variables, as they are stored; ``read_nbytes``: all that was read, with gaps between what
-    is needed, and twice where it was verified before.  ``partly_read``: of their stored slices only the needed part was
-    read, so that no checksum was compared, unless with ``verify="before"``.
+    is needed, and twice where it was verified before.  ``unverified``: of a stored slice of theirs only a part was
+    read, by all ranks together, so that its checksum could not be compared (``verify="before"`` reads all of it).
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class RestoreReport:
         self.nbytes = 0
         self.needed_nbytes = 0
         self.read_nbytes = 0
-        self.partly_read: list[str] = []
+        self.unverified: list[str] = []
         self.seconds = 0.0
         self._reader = reader
 
@@ -98,27 +100,27 @@ def restore_leaves(
     partial: bool | str,
     reshape: bool,
     verify_first: bool,
-    agree: Callable[[str, str], AbstractContextManager[None]],
+    group: Group | None,
 ) -> RestoreReport:
-    """See :meth:`gpusaver.Saver.restore`.  ``with agree(step, "")``: if one rank fails inside, all do."""
+    """See :meth:`gpusaver.Saver.restore`.  Collective with a ``group``: if one rank fails, all do."""
     started_at = time.perf_counter()
-    with agree("compare", ""), collector_paused():
+    with group.step("compare") if group is not None else nullcontext(), collector_paused():
         report, read, matches = _plan_all(leaves, reader, partial=partial, reshape=reshape)
     runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
     for runtime in runtimes.values():
         runtime.order_after_caller()
     has_read = False
     try:
-        with agree("read", ""):
+        with group.step("read") if group is not None else nullcontext():
             read.run(slots, threads, verify_first=verify_first)
             has_read = True
+        report.unverified = compare_parts(read.partly_read, group)
     except DataLossError as error:
-        if has_read:  # it is another rank's
+        if has_read:  # another rank's, or of parts that several have read
             error.modified = tuple(report.restored)
         raise
     report.nbytes, report.seconds = read.nbytes, time.perf_counter() - started_at
     report.needed_nbytes, report.read_nbytes = read.needed_nbytes, read.read_nbytes
-    report.partly_read = sorted(read.partly_read)
     return report
 
 

@@ -426,7 +426,7 @@ class Saver:
                 partial=partial,
                 reshape=self._reshape,
                 verify_first=verify == "before",
-                agree=self._agree,
+                group=self._group,
             )
 
     def _reader(self, save_path: PathLike, verify: str) -> CheckpointReader:

@@ -6,10 +6,8 @@ wanted; parts that do not overlap fill it exactly if their volumes inside it add
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -76,38 +74,6 @@ def check_tiling(
             f"Does not have sufficient slices for partitioned tensor {printable(name)} to restore in slice_spec: "
             f"{wanted}; the {len(slices)} stored slices hold {covered} of its {volume} elements"
         )
-
-
-Box = tuple[tuple[int, int], ...]
-
-
-def widened(box: Box, shape: Sequence[int], itemsize: int, *, max_gap: int, max_runs: int) -> Box:
-    """The box of a row-major array of ``shape`` that is read for ``box``: few runs of bytes instead of many short ones.
-
-    A dimension is taken whole where less than ``max_gap`` bytes lie between runs, or the runs are more than
-    ``max_runs``.
-    """
-    wide = list(box)
-    for axis in range(len(shape) - 1, -1, -1):
-        length = wide[axis][1]
-        if length == shape[axis]:
-            continue
-        stride = itemsize * math.prod(shape[axis + 1 :])
-        count = math.prod(size for _, size in wide[:axis])
-        if count == 1 or ((shape[axis] - length) * stride > max_gap and count <= max_runs):
-            break
-        wide[axis] = (0, shape[axis])
-    return tuple(wide)
-
-
-def runs(box: Box, shape: Sequence[int], itemsize: int) -> Iterator[tuple[tuple[int | slice, ...], int, int]]:
-    """The bytes of ``box`` in a row-major array of ``shape``: (index within the box, offset, number of bytes)."""
-    axis = next((a for a in range(len(shape) - 1, -1, -1) if box[a][1] != shape[a]), -1)
-    strides = [itemsize * math.prod(shape[a + 1 :]) for a in range(len(shape))]
-    nbytes = itemsize * math.prod(length for _, length in box[max(axis, 0) :])
-    base = sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
-    for place in itertools.product(*(range(length) for _, length in box[: max(axis, 0)])):
-        yield place, base + sum(map(operator.mul, place, strides)), nbytes
 
 
 def _common_volume(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> int:

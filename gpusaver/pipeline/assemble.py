@@ -1,15 +1,10 @@
 """From tensors that are wanted to ranges of bytes that are read, and back together.
 
 Most tensors are one range, read straight into their array.  Tensors stored in slices are read slice by slice into
-views of the array.  Of a large stored slice only what is wanted is read, as runs of bytes::
-
-    stored, row-major    | . . . . . . . . . . . . . . . . |     checksum of all of it
-    rows wanted                  |_run_____|                     one run
-    columns wanted         |_|     |_|     |_|     |_|           a run per row, or all where the gaps are small
-
-A checksum cannot be compared then (with ``verify_first`` everything is read once, to do so).  What does not lie in the
-file as it is wanted is read into host memory first: strings, small slices of which only a part is wanted, and
-big-endian bundles.
+views of the array.  Of a large stored slice only what is wanted is read, as runs of bytes
+(:mod:`gpusaver.bundle.runs`); its checksum is compared if the runs of all who read make it up (or before, with
+``verify_first``).  What does not lie in the file as it is wanted is read into host memory first: strings, small slices
+of which only a part is wanted, and big-endian bundles.
 """
 
 from __future__ import annotations
@@ -27,7 +22,8 @@ from gpusaver.bundle.crc import unmask
 from gpusaver.bundle.entry import Entry, Ranges
 from gpusaver.bundle.filenames import data_path
 from gpusaver.bundle.index import BundleIndex
-from gpusaver.bundle.slices import check_tiling, intersect, runs, slice_key, widened
+from gpusaver.bundle.runs import Run, runs, widened
+from gpusaver.bundle.slices import check_tiling, intersect, slice_key
 from gpusaver.bundle.strings import decode_strings
 from gpusaver.device import HOST, Runtime, Transfer
 from gpusaver.device.host import byte_view
@@ -64,6 +60,15 @@ class Target(NamedTuple):
     in_place: bool
 
 
+class PartlyRead(NamedTuple):
+    """A stored slice of which only some runs were read.  ``where``: its data file."""
+
+    name: str
+    where: str
+    entry: Entry
+    runs: list[Run]
+
+
 class Assembly:
     """The reads of one restore.  Plan with ``add_...``; then :meth:`run`, which checks and moves everything."""
 
@@ -77,9 +82,11 @@ class Assembly:
         # Stored tensors and slices that are read into memory of our own, however many targets take a part of them.
         self._memory: dict[Entry, Any] = {}
         self._reads = Reads()
-        # Of stored slices that are read in part, those parts; and, to be verified, the whole of each.
+        # Of stored slices that are read in part, those parts; and by slice the name, the rows, and where each begins.
         self._part_reads = Reads()
-        self._partly_read: dict[Entry, str] = {}
+        self._partly_read: dict[Entry, tuple[str, list[tuple[int, int]]]] = {}
+        #: After :meth:`run`: slices whose checksums have not been compared.
+        self.partly_read: list[PartlyRead] = []
         #: Of the tensors and parts that are wanted; and, after :meth:`run`, of all reads.
         self.needed_nbytes = 0
         self.read_nbytes = 0
@@ -109,11 +116,6 @@ class Assembly:
     def nbytes(self) -> int:
         """Stored bytes that are read, each once."""
         return sum(int(reads.ranges.nbytes.sum()) for reads in (self._reads, self._part_reads, self._string_reads))
-
-    @property
-    def partly_read(self) -> set[str]:
-        """Names of targets for which stored slices are read in part, so that their checksums do not serve."""
-        return set(self._partly_read.values())
 
     def add_plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
         """Whole tensors, stored as they lie in these NumPy arrays of the user."""
@@ -161,7 +163,7 @@ class Assembly:
         nbytes = itemsize * math.prod(length for _, length in wide)
         if entry.nbytes <= _SMALL_NBYTES or nbytes >= _MOST * entry.nbytes:
             return False
-        self._partly_read[entry] = target.name
+        rows = self._partly_read.setdefault(entry, (target.name, []))[1]
         place = target
         if wide != box:
             self._claim(entry, target.name)
@@ -172,6 +174,7 @@ class Assembly:
             self._finish.append(lambda: upload(target, memory[index]))
         for run, offset, run_nbytes in runs(wide, stored, itemsize):
             piece = entry._replace(offset=entry.offset + offset, nbytes=run_nbytes)
+            rows.append((len(self._part_reads), offset))
             self._part_reads.add(
                 piece, place.runtime, place.array[(*run, ...)], place.name, in_place=place.in_place, checked=False
             )
@@ -204,10 +207,10 @@ class Assembly:
         whole = self._whole_entries() if verify_first else Reads()
         all_reads = (self._string_reads, self._reads, self._part_reads, whole)
 
-        def read(reads: Reads, *, keep: bool = True, max_gap: int | None = None) -> None:
-            self.read_nbytes += read_entries(
-                reads, files, slots, threads, describe=self._data_path, keep=keep, max_gap=max_gap
-            )
+        def read(reads: Reads, *, keep: bool = True, max_gap: int | None = None) -> dict[int, int]:
+            result = read_entries(reads, files, slots, threads, describe=self._data_path, keep=keep, max_gap=max_gap)
+            self.read_nbytes += result.nbytes
+            return result.checksums
 
         with contextlib.ExitStack() as stack:
             for shard in sorted({shard for reads in all_reads for shard in reads.shards}):
@@ -225,14 +228,23 @@ class Assembly:
                 read(self._reads, keep=False)
                 read(whole, keep=False)
             read(self._reads)
-            read(self._part_reads, max_gap=_RUN_GAP)
+            checksums = read(self._part_reads, max_gap=_RUN_GAP)
+        if not verify_first:
+            self.partly_read = [
+                PartlyRead(name, self._data_path(entry.shard), entry, self._runs(rows, checksums))
+                for entry, (name, rows) in self._partly_read.items()
+            ]
         for finish in self._finish:
             finish()
+
+    def _runs(self, rows: Sequence[tuple[int, int]], checksums: dict[int, int]) -> list[Run]:
+        nbytes = self._part_reads.ranges.nbytes
+        return [Run(start, int(nbytes[row]), checksums[row]) for row, start in rows if row in checksums]
 
     def _whole_entries(self) -> Reads:
         """Those of which only parts are read, to be verified."""
         whole = Reads()
-        for entry, name in self._partly_read.items():
+        for entry, (name, _) in self._partly_read.items():
             whole.add(entry, HOST, np.empty(0), name, in_place=False)
         return whole
 

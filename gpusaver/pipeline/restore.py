@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +96,13 @@ class Reads:
             self._entries = []
 
 
+class ReadResult(NamedTuple):
+    """``nbytes``: read from the files.  ``checksums``: by row, unmasked, of those that are not ``checked``."""
+
+    nbytes: int
+    checksums: dict[int, int]
+
+
 def read_entries(
     reads: Reads,
     files: dict[int, ReadableFile],
@@ -105,8 +112,8 @@ def read_entries(
     describe: Callable[[int], str],
     keep: bool = True,
     max_gap: int | None = None,
-) -> int:
-    """Fills the arrays, from ``threads`` threads; returns, when all is read and verified, how many bytes it has read.
+) -> ReadResult:
+    """Fills the arrays, from ``threads`` threads; returns when all is read and verified.
 
     Gaps of up to ``max_gap`` bytes are read through, and count; None: where that is faster than two reads.
 
@@ -160,7 +167,7 @@ def read_entries(
         if keep and verifier.modified:
             error.add_note(f"Variables that had been overwritten by then: {', '.join(verifier.modified[:20])}")
         raise
-    return nbytes
+    return ReadResult(nbytes, verifier.unchecked)
 
 
 def _read_to_device(
@@ -225,6 +232,7 @@ class _Verifier:
         self._describe = describe
         self._expected = unmask(reads.ranges.crc.astype(np.uint32)).tolist()
         self._touched: list[list[int]] = []
+        self.unchecked: dict[int, int] = {}
 
     def check(self, chunk: Chunk, buffers: Sequence[Any]) -> None:
         """``buffers`` hold the bytes of the pieces."""
@@ -261,7 +269,9 @@ class _Verifier:
 
     def _compare(self, tensor: int, crc: int) -> None:
         expected = self._expected[tensor]
-        if self._reads.checked[tensor] and crc != expected:
+        if not self._reads.checked[tensor]:
+            self.unchecked[tensor] = crc
+        elif crc != expected:
             shard, offset, nbytes, _ = (int(column[tensor]) for column in self._reads.ranges)
             raise DataLossError(
                 f"{self._describe(shard)}: the bytes of tensor {self._reads.names[tensor]} are damaged. Checksum does "

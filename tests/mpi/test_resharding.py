@@ -109,7 +109,7 @@ def test_narrow_columns_are_read_with_what_lies_between(tmp_path: Path) -> None:
     with gpusaver.Saver({"t": part}) as saver:
         report = saver.restore(tmp_path / "k")
     np.testing.assert_array_equal(part.value, array[:, 3:5])
-    assert (report.needed_nbytes, report.read_nbytes, report.partly_read) == (4096 * 8, 1 << 22, [])
+    assert (report.needed_nbytes, report.read_nbytes, report.unverified) == (4096 * 8, 1 << 22, [])
 
 
 def test_damage_of_what_is_read_in_part_is_found_by_verifying_before(tmp_path: Path) -> None:
@@ -124,4 +124,22 @@ def test_damage_of_what_is_read_in_part_is_found_by_verifying_before(tmp_path: P
         with pytest.raises(DataLossError, match="tensor t are damaged"):
             saver.restore(prefix, verify="before")
         assert not part.value.any()
-        assert saver.restore(prefix).partly_read == ["t"]
+        assert saver.restore(prefix).unverified == ["t"]
+
+
+def test_damage_of_what_ranks_read_in_part_is_found_by_all_of_them_together(tmp_path: Path) -> None:
+    """The checksums of their parts make up that of the slice."""
+    array = np.arange(1 << 20, dtype=np.float32).reshape(-1, 1024)
+    gpusaver.save(tmp_path / "k", {"t": array, "step": 7})
+    reports = restored_by(3, tmp_path / "k", array, rows(3, 1024))
+    assert [report.unverified for report in reports] == [[]] * 3
+    data = tmp_path / "k.data-00000-of-00001"
+    octets = bytearray(data.read_bytes())
+    octets[-100] ^= 1
+    data.write_bytes(octets)
+    with pytest.raises(DataLossError, match=r"data-00000-of-00001: the bytes of tensor t are damaged") as caught:
+        restored_by(3, tmp_path / "k", array, rows(3, 1024))
+    assert caught.value.modified == ("t",)
+    mine = parts(np.zeros_like(array), rows(3, 1024), 0, 1)
+    with gpusaver.Saver({"t": mine}) as saver, pytest.raises(DataLossError, match="tensor t are damaged"):
+        saver.restore(tmp_path / "k")  # one process that has all parts
