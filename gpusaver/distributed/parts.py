@@ -66,8 +66,8 @@ def _compare(rows: Iterable[_Row]) -> set[_Key]:
             name, where = names[key]
             raise DataLossError(
                 f"{where}: the bytes of tensor {name} are damaged. Checksum does not match: stored {expected:#010x} "
-                f"vs. calculated on its restored parts {crc:#010x} ({nbytes} bytes at offset {offset}). Restore an older "
-                "checkpoint"
+                f"vs. calculated on its restored parts {crc:#010x} ({nbytes} bytes at offset {offset}). Restore an "
+                "older checkpoint"
             )
         compared.add(key)
     return compared

@@ -139,7 +139,7 @@ def test_damage_of_what_ranks_read_in_part_is_found_by_all_of_them_together(tmp_
     data.write_bytes(octets)
     with pytest.raises(DataLossError, match=r"data-00000-of-00001: the bytes of tensor t are damaged") as caught:
         restored_by(3, tmp_path / "k", array, rows(3, 1024))
-    assert caught.value.modified == ("t",)
+    assert caught.value.modified == ("step", "t")
     mine = parts(np.zeros_like(array), rows(3, 1024), 0, 1)
     with gpusaver.Saver({"t": mine}) as saver, pytest.raises(DataLossError, match="tensor t are damaged"):
         saver.restore(tmp_path / "k")  # one process that has all parts
