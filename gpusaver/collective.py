@@ -73,6 +73,8 @@ class CollectiveSaving:
         #: Of all that this rank holds, and of what it writes: a plan, and the numbers of the leaves among those held.
         self._held: Plan | None = None
         self._kept: tuple[Plan, list[int]] | None = None
+        #: The digest of what the plan holds and which of it is trainable.
+        self._described: tuple[Plan, list[str], str] | None = None
         self._leader = _Leader(options)
 
     def refuse(self, error: BaseException) -> None:
@@ -90,11 +92,11 @@ class CollectiveSaving:
                 try:
                     leaves = leaves_now()
                     self._held = plan_save(leaves, sharded=self._options.sharded, cached=self._held).plan
-                    description = _describe(self._held, leaves)
+                    self._digest(leaves)
                 except Exception as error:
                     self.refuse(error)
                     raise InternalError("rank 0 did not hear of an error") from error
-                save, shards = self._agree(share, leaves, description)
+                save, shards = self._agree(share, leaves)
             with timeline.span("capture"):
                 return self._start(share, save, shards, timeline)
         except BaseException:
@@ -102,13 +104,22 @@ class CollectiveSaving:
                 share.files.abort()
             raise
 
-    def _agree(self, share: _Share, leaves: Sequence[Leaf], description: bytes) -> tuple[Save, range]:
+    def _digest(self, leaves: Sequence[Leaf]) -> str:
+        """Of what this rank holds; computed once for a plan."""
+        assert self._held is not None
+        trainable = [leaf.name for leaf in leaves if is_trainable(leaf)]
+        if self._described is None or self._described[0] is not self._held or self._described[1] != trainable:
+            digest = hashlib.blake2b(_describe(self._held, trainable), digest_size=16).hexdigest()
+            self._described = self._held, trainable, digest
+        return self._described[2]
+
+    def _agree(self, share: _Share, leaves: Sequence[Leaf]) -> tuple[Save, range]:
         """What this rank writes, and into which shards; an error here is everybody's."""
         facts = {
             "prefix": share.prefix,
             "options": f"meta graph {share.request.meta_graph_suffix}, "
             f"state file {'no' if share.request.finish is None else 'yes'}",
-            "digest": hashlib.blake2b(description, digest_size=16).hexdigest(),
+            "digest": self._digest(leaves),
         }
 
         def begin(assignment: Assignment) -> list[bytes]:
@@ -119,7 +130,8 @@ class CollectiveSaving:
         )
         reply = Message.decode(answer)
         if "asked" in reply.facts:
-            has = description if self._group.rank in reply.facts["asked"] else b""
+            assert self._described is not None
+            has = _describe(*self._described[:2]) if self._group.rank in reply.facts["asked"] else b""
             answer = self._group.exchange("plan", has, lambda bodies: self._leader.plan(bodies, begin))
             reply = Message.decode(answer)
         first, count = reply.facts["first_shard"], reply.facts["shard_count"]
@@ -197,6 +209,8 @@ class CollectiveSaving:
             devices=devices,
             has_host_arrays=len(devices) < len(save.runtimes),
         )
+        if mode == "deferred" and self._saving.check_captures:
+            self._saving.watch(save, pending)
         pending.complete = lambda timeout: self._complete(share, save, pending, timeout)
         if share.error is not None or (mode == "snapshot" and save.runtimes == [HOST]):
             pending.mark_captured()
@@ -211,7 +225,7 @@ class CollectiveSaving:
                     checksums = self._saving.write_data(save, pending, share.files, share.request.on_written)
                     if shard_count:
                         share.index = save.plan.index(shard_count, checksums)
-                    if self._saving.strict and shard_count and not isinstance(share.files, BundleCommit):
+                    if self._saving.strict and shard_count:
                         self._read_again(share, share.files)
         except BaseException as error:  # told to all when the save is completed
             share.error = error
@@ -220,7 +234,7 @@ class CollectiveSaving:
             share.written.set()
 
     @staticmethod
-    def _read_again(share: _Share, files: ShardFiles) -> None:
+    def _read_again(share: _Share, files: ShardFiles | BundleCommit) -> None:
         problem = files.damage(share.index)
         if problem is not None:
             raise differs_when_read_again(share.prefix, problem)
@@ -338,9 +352,8 @@ class _Leader:
         return self._description
 
 
-def _describe(plan: Plan, leaves: Sequence[Leaf]) -> bytes:
+def _describe(plan: Plan, trainable: Sequence[str]) -> bytes:
     """What a rank holds: the index that it would write alone, without checksums."""
-    trainable = sorted({leaf.name for leaf in leaves if is_trainable(leaf)})
     return Message({"trainable": trainable}, plan.index(len(plan.layout.shard_nbytes), {})).encode()
 
 

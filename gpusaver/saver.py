@@ -122,8 +122,7 @@ class Saver:
         self.storage = storage or LocalStorage()
         retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
         self._list = CheckpointList(retention, self.storage, clock, save_relative_paths=save_relative_paths)
-        self._check_captures = check_captures
-        self._saving = Saving(self.storage, direct_io, staging_bytes, strict=strict)
+        self._saving = Saving(self.storage, direct_io, staging_bytes, strict=strict, check_captures=check_captures)
         kept = retention.max_to_keep, retention.keep_checkpoint_every_n_hours
         self._options = SaverOptions(name, filename, sharded, reshape, *kept)
         self._description: PlanDescription | None = None
@@ -329,7 +328,7 @@ class Saver:
         )
         if mode == "snapshot" and save.runtimes == [HOST]:
             pending.mark_captured()
-        if mode == "deferred" and self._check_captures:
+        if mode == "deferred" and self._saving.check_captures:
             self._saving.watch(save, pending)
         self._pending = pending
         with ended_if_interrupted(pending):

@@ -53,14 +53,17 @@ class SaveRequest(NamedTuple):
 class Saving:
     """Captures and writes, one save after the other; keeps slots, rings and snapshot memory between them.
 
-    ``direct_io``, ``staging_bytes`` and ``strict`` are the Saver's.
+    ``direct_io``, ``staging_bytes``, ``strict`` and ``check_captures`` are the Saver's.
     """
 
-    def __init__(self, storage: Storage, direct_io: bool | None, staging_bytes: int, *, strict: bool) -> None:
+    def __init__(
+        self, storage: Storage, direct_io: bool | None, staging_bytes: int, *, strict: bool, check_captures: bool
+    ) -> None:
         self.slots = Slots(CHUNK_NBYTES, max(_PINNED_SLOTS, staging_bytes // CHUNK_NBYTES))
         self.storage = storage
         self.direct_io = direct_io
         self.strict = strict
+        self.check_captures = check_captures
         self.preflight = Preflight(storage)
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False

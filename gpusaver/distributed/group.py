@@ -74,8 +74,8 @@ class Group:
         """
         if self._transport.given_up is not None:
             raise FailedPreconditionError(
-                f"{step}: the communicator was given up, because {self._transport.given_up}. Make a new Saver of the "
-                "ranks that are left"
+                f"{step}: the communicator was given up, because {self._transport.given_up}. Make a new one of the "
+                "ranks that are left, and a new Saver"
             )
         facts: dict[str, Any] = {"step": step}
         if isinstance(has, BaseException):

@@ -171,6 +171,10 @@ class BundleCommit:
         if self._shards is not None:
             self._shards.sync()
 
+    def damage(self, index: bytes) -> str | None:
+        """See :meth:`ShardFiles.damage`."""
+        return self._shards.damage(index) if self._shards is not None else None
+
     def publish(self, index: bytes, meta: MetaFile | None = None, *, strict: bool = False) -> None:
         """Makes the bundle durable and visible, and with it the `.meta` file.
 
@@ -214,7 +218,8 @@ class BundleCommit:
             found = bytearray(len(written))
             file.read_into(0, [memoryview(found)])
         if found == written and file.size == len(written):
-            problem = None if self._elsewhere or self._shards is None else self._shards.damage(written)
+            # Of several processes each has looked at its own files.
+            problem = None if self._elsewhere else self.damage(written)
         if problem is not None:
             raise differs_when_read_again(self._prefix, problem)
 

@@ -215,6 +215,22 @@ def test_in_the_background(tmp_path: Path) -> None:
     assert all(gpusaver.checkpoint_exists(tmp_path / f"k-{step}") for step in (1, 2, 3, 4))
 
 
+def test_variables_that_change_before_the_fence_are_found(tmp_path: Path) -> None:
+    def work(transport: SimulatedTransport) -> None:
+        state = state_of(transport)
+        with gpusaver.Saver(state, comm=transport, check_captures=True) as saver:
+            pending = saver.save_async(tmp_path / "k", capture="deferred")
+            assert pending is not None
+            for value in (state["emb"].value, state["w"], state["b"], state[f"own{transport.rank}"]):
+                value[:] = 0
+            with pytest.raises(FailedPreconditionError, match="variables changed between save_async"):
+                pending.fence()
+            with pytest.raises(CancelledError):
+                pending.result()
+
+    together(2, work)
+
+
 def test_one_rank_cancels(tmp_path: Path) -> None:
     def work(transport: SimulatedTransport) -> None:
         with gpusaver.Saver(state_of(transport), comm=transport) as saver:
@@ -230,12 +246,13 @@ def test_one_rank_cancels(tmp_path: Path) -> None:
     assert sorted(name for name in os.listdir(tmp_path) if name.endswith(".index")) == ["k-2.index"]
 
 
-def test_strict(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [0, 1])
+def test_strict(tmp_path: Path, shard: int) -> None:
     """Each rank reads its own file again."""
 
     class LyingStorage(LocalStorage):
         def open(self, path: str, *, uncached: bool = False) -> Any:
-            if uncached and ".data-00001" in path:
+            if uncached and f".data-0000{shard}" in path:
                 Path(path).write_bytes(bytes(os.path.getsize(path)))
             return super().open(path, uncached=uncached)
 
@@ -248,7 +265,7 @@ def test_strict(tmp_path: Path) -> None:
     before = sorted(os.listdir(tmp_path))
     outcomes = run(2, lambda transport: work(transport, LyingStorage()))
     assert all(isinstance(outcome, gpusaver.DataLossError) for outcome in outcomes)
-    assert "rank 1: cannot save" in str(outcomes[0])
+    assert f"rank {shard}: cannot save" in str(outcomes[0])
     assert sorted(os.listdir(tmp_path)) == before
     np.testing.assert_array_equal(gpusaver.load(tmp_path / "k")["emb"], FULL)
 
