@@ -16,7 +16,6 @@ that writes sends nothing: messages go out and come in only in calls of the user
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -106,6 +105,8 @@ class CollectiveSaving:
 
     def _digest(self, leaves: Sequence[Leaf]) -> str:
         """Of what this rank holds; computed once for a plan."""
+        import hashlib  # for ranks alone: it brings OpenSSL along
+
         assert self._held is not None
         trainable = [leaf.name for leaf in leaves if is_trainable(leaf)]
         if self._described is None or self._described[0] is not self._held or self._described[1] != trainable:
