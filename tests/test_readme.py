@@ -131,6 +131,7 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 def test_the_reference_has_every_public_name() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
     listed = re.findall(r"^\.\. auto(?:class|function|exception):: (\S+)$", text, re.MULTILINE)
+    listed = [name for name in listed if "." not in name]
     assert sorted(listed) == sorted(gpusaver.__all__)
     assert all(getattr(gpusaver, name).__doc__ for name in listed)
 
