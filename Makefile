@@ -12,6 +12,7 @@ VENV ?= .venv
 OUTPUT = build/demo
 OUT ?= build/gpu-session
 
+.DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
 .PHONY: help install demo test test-tf test-lowest test-torch check test-gpu test-faults fuzz bench bench-gpu bench-scale bench-mpi

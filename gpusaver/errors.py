@@ -17,7 +17,7 @@
     └── CancelledError          concurrent.futures.CancelledError   the save was cancelled
 
 Where TensorFlow raises a built-in class (``TypeError`` for a wrong argument, ``ValueError`` for a missing
-directory) so does gpusaver.  Errors of the operating system are translated in one place, :func:`from_os_error`.
+directory) so does gpusaver.  Errors of the operating system are translated in one place, ``from_os_error``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Error(Exception):
     """Base of all errors below, with what ``tf.errors.OpError`` has.
 
     ``message``: the text.  ``code``: TensorFlow's number for the class.  ``op``, ``node_def``: the operation that
-    failed and its NodeDef, in :mod:`gpusaver.compat.v1`; else None.
+    failed and its NodeDef, in ``gpusaver.compat.v1``; else None.
     """
 
     code = 2

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: A block of Python or bash, what it needs beyond `gpusaver[test]` (with the reason), and the output right below it:
 #:     <!-- needs torch: PyTorch is no dependency -->
 BLOCK = re.compile(
-    r"(?:^<!-- needs (?P<need>\w+): .+ -->\n)?"
+    r"(?:^<!-- needs (?P<need>\w+): [^\n]+ -->\n)?"
     r"^```(?P<language>python|bash)\n(?P<code>.*?)^```\n(?:```text\n(?P<printed>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
@@ -93,6 +93,8 @@ def test_no_code_hides_in_a_block_that_is_not_run() -> None:
 def test_a_page_that_is_wrong_is_noticed() -> None:
     run_page("```python\nprint(1 + 1)\n```\n```text\n2\n```\n", "right")
     run_page("<!-- needs time: why -->\n```python\n1 / 0\n```\n", "elsewhere")
+    with pytest.raises(ZeroDivisionError):
+        run_page("<!-- needs time: why -->\n```python\n```\n```python\n1 / 0\n```\n<!-- needs time: -->\n", "between")
     with pytest.raises(AssertionError, match="line 1: prints something else"):
         run_page("```python\nprint(1 + 1)\n```\n```text\n3\n```\n", "wrong")
     with pytest.raises(ZeroDivisionError):
@@ -116,6 +118,15 @@ def test_the_readme_begins_with_what_a_bare_machine_lacks() -> None:
     assert all(word in first for word in ("make", "python3-venv", "3.11", "Debian", "Ubuntu", "macOS"))
 
 
+def test_make_alone_lists_the_verbs_and_the_readme_has_them() -> None:
+    if not shutil.which("make"):
+        pytest.skip("there is no make")
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    verbs = {line.split()[0] for line in listed.splitlines()}
+    assert {"demo", "test", "check", "docker-test"} <= verbs
+    assert verbs <= {"help", *re.findall(r"`make ([a-z-]+)`", (ROOT / "README.md").read_text())}
+
+
 def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub and MyST make them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
@@ -133,6 +144,7 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 def test_the_reference_has_every_public_name() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
     listed = re.findall(r"^\.\. auto(?:class|function|exception):: (\S+)$", text, re.MULTILINE)
+    listed = [name for name in listed if "." not in name]
     assert sorted(listed) == sorted(gpusaver.__all__)
     assert all(getattr(gpusaver, name).__doc__ for name in listed)
 

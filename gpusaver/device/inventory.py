@@ -14,9 +14,9 @@ from gpusaver.device.nvml import DeviceInfo
 def devices() -> list[DeviceInfo]:
     """The CUDA devices that arrays can be saved from, in CuPy's order: "cuda:0", "cuda:1", ...
 
-    Empty on a machine without a GPU, without a driver, or without CuPy; :func:`why_no_devices` tells which.  Does not
-    raise.  The first call imports CuPy.  A MIG slice, and a device that NVML hides, tells its memory to a CUDA context
-    alone, which is then made.
+    Empty on a machine without a GPU, without a driver, or without CuPy; ``why_no_devices`` of this module tells which.
+    Does not raise.  The first call imports CuPy.  A MIG slice, and a device that NVML hides, tells its memory to a CUDA
+    context alone, which is then made.
     """
     found = []
     for number, bus_id in enumerate(_look()[0]):
