@@ -82,11 +82,10 @@ def test_the_pages_with_code_are_found() -> None:
 
 
 def test_no_code_hides_in_a_block_that_is_not_run() -> None:
+    """Blocks of "console" are run by tests/cli/test_command_page.py."""
     for page in MARKDOWN:
         fences = [fence.split()[0] for fence in re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)[::2]]
-        known = {"python", "bash", "text", "{eval-rst}", "{include}", "{toctree}"}
-        if page.name == "distributed.md":
-            known.add("{code-block}")  # which tests/mpi/test_mpiexec.py runs
+        known = {"python", "bash", "console", "text", "{eval-rst}", "{include}", "{toctree}"}
         assert set(fences) <= known, f"{page.name}: blocks of {set(fences) - known} would never be run"
 
 

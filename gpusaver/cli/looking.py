@@ -125,7 +125,9 @@ def show(
     if tree:
         _print_tree(rows)
     else:
-        print_table(_SHOW + _STATS * stats, rows)
+        # On a terminal the room is for the names.
+        columns = _SHOW[:-1] if stats and screen.console().is_terminal else _SHOW
+        print_table(columns + _STATS * stats, rows)
     if screen.console().is_terminal:
         say(
             f"{count(len(rows), 'tensor')}, {count(totals['elements'], 'element')}, {size(totals['nbytes'])}",

@@ -83,7 +83,7 @@ def bench(storage: Storage, folder: str, nbytes: int) -> list[dict[str, Any]]:
     best = "raw write, O_DIRECT" if direct is not None and direct > cached else "raw write, page cache"
     prefix = os.path.join(folder, "model")
     report, restore = _save_and_restore(state, prefix)
-    data = [os.path.join(folder, name) for name in storage.list(folder) if is_data_of(name, "model")]
+    data = [os.path.join(folder, name) for name in storage.list(folder) if is_data_of(name, "model-2")]
     add("raw read, page cache", nbytes / timed(lambda: _read(storage, data)))
     add("save, until durable", nbytes / report.durable_seconds, best)
     add("restore, verified", restore, "raw read, page cache")
@@ -109,17 +109,17 @@ def _state(nbytes: int) -> dict[str, npt.NDArray[Any]]:
 def save(prefix: str, nbytes: int) -> SaveReport:
     """The second save of made-up arrays: the first makes what the Saver keeps."""
     with Saver(_state(nbytes), max_to_keep=None) as saver:
-        _saved(saver, prefix)
-        return _saved(saver, prefix)
+        _saved(saver, f"{prefix}-1")
+        return _saved(saver, f"{prefix}-2")
 
 
 def _save_and_restore(state: dict[str, Any], prefix: str) -> tuple[SaveReport, float]:
     """Of the second save, and the rate of the second restore."""
     with Saver(state, max_to_keep=None) as saver:
-        _saved(saver, prefix)
-        report = _saved(saver, prefix)
-        saver.restore(prefix)
-        return report, saver.restore(prefix).rate
+        _saved(saver, f"{prefix}-1")
+        report = _saved(saver, f"{prefix}-2")
+        saver.restore(report.prefix)
+        return report, saver.restore(report.prefix).rate
 
 
 def _saved(saver: Saver, prefix: str) -> SaveReport:

@@ -90,7 +90,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Row]) -> None:
             fields = [_field(row.get(column.key)) for column in columns]
             click.echo("\t".join(f"[{f}]" if c.brackets else f for c, f in zip(columns, fields, strict=True)))
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         overflow: Any = "fold" if column.folds else "ellipsis"
         justify: Any = "right" if column.right else "left"
@@ -138,7 +138,7 @@ def age(modified: float) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:.5g}" if isinstance(value, float) or abs(value) >= 10**9 else f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) or abs(value) >= 10**9 else f"{value:,}"
 
 
 @contextlib.contextmanager

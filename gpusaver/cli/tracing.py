@@ -50,7 +50,7 @@ def trace(source: str, output: str, nbytes: int, as_json: bool) -> None:
             spans = list(save(os.path.join(folder, "model"), nbytes).spans)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        title = f"{size(nbytes)} saved in {source}"
+        title = f"a save of {size(nbytes)}"
         _write(f"{output}.json", chrome_trace(spans, f"gpusaver {source}"))
     else:
         spans = read_trace(source)
