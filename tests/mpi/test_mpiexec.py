@@ -47,7 +47,7 @@ def test_the_example_ends_alike_on_any_number_of_ranks(tmp_path: Path) -> None:
 @needs_mpiexec
 def test_the_code_of_the_page_runs(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
-    block = re.search(r"^```{code-block} python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    block = re.search(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert block is not None
     script = tmp_path / "train.py"
     script.write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{block[1]}print(report, prefix)\n")
