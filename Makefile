@@ -12,9 +12,11 @@ VENV ?= .venv
 OUTPUT = build/demo
 OUT ?= build/gpu-session
 
+.DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help install demo test test-tf check test-gpu test-faults fuzz bench bench-gpu gpu-session bench-upload bench-incremental bench-damage nightly docs protos clean
+.PHONY: help install demo test test-tf test-lowest test-torch check test-gpu test-faults fuzz bench bench-gpu bench-scale bench-mpi
+.PHONY: gpu-session bench-upload bench-incremental bench-damage nightly docs package first-visit docker-test protos clean
 .PHONY: active require-gpu require-tf
 
 SYSTEM := $(shell uname -sm)
@@ -33,11 +35,16 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
+# Programs that come in wheels lie beside the interpreter, or in the PATH like it.
+BIN := $(if $(findstring /,$(PY)),$(dir $(PY)))
+VALID := $(BIN)check-jsonschema --quiet --builtin-schema vendor.
+
 # TensorFlow and the peers of the benchmark pin their own NumPy and protobuf: each has an environment of its own.
 TF_PY := .venv-tf/bin/python
 BENCH_PY := .venv-bench/bin/python
 ORBAX_PY := .venv-orbax/bin/python
 FUZZ_PY := .venv-fuzz/bin/python
+LOWEST_PY := .venv-lowest/bin/python
 # The real published network that tests/tf reads: PyPI's wheel, which pip checks against the hash in basic-pitch.txt.
 BASIC_PITCH := $(CURDIR)/.venv-tf/wheels/basic_pitch-0.4.0-py2.py3-none-any.whl
 
@@ -105,8 +112,8 @@ $(VENV)/.installed: pyproject.toml
 
 .venv-bench/.installed: pyproject.toml benchmarks/requirements.txt
 	$(call make_venv,.venv-bench)
-	@echo ".venv-bench: installing gpusaver and the libraries it is measured against"
-	@$(BENCH_PY) -m pip install --quiet -e . -r benchmarks/requirements.txt
+	@echo ".venv-bench: installing gpusaver[test] and the libraries it is measured against"
+	@$(BENCH_PY) -m pip install --quiet -e '.[test]' -r benchmarks/requirements.txt
 	@touch $@
 
 .venv-orbax/.installed: benchmarks/requirements-orbax.txt
@@ -119,6 +126,13 @@ $(VENV)/.installed: pyproject.toml
 	$(call make_venv,.venv-fuzz)
 	@echo ".venv-fuzz: installing gpusaver[snappy] and atheris"
 	@$(FUZZ_PY) -m pip install --quiet -e '.[snappy]' -r tests/fuzz/requirements.txt
+	@touch $@
+
+# The oldest release of everything that pyproject.toml allows, on the oldest Python.
+.venv-lowest/.installed: pyproject.toml | $(READY)
+	@echo ".venv-lowest: installing the oldest releases that gpusaver[test] allows"
+	@$(PY) -m uv venv --quiet --clear --python 3.11 .venv-lowest
+	@$(PY) -m uv pip install --quiet --python $(LOWEST_PY) --resolution lowest-direct -e '.[test]'
 	@touch $@
 
 active:
@@ -154,13 +168,28 @@ test: $(READY)   ## the tests that need neither TensorFlow nor a GPU
 test-tf: require-tf $(TF_READY)  ## against TensorFlow, in an environment of its own (Linux x86-64)
 	GPUSAVER_BASIC_PITCH=$(BASIC_PITCH) $(TF_PY) -m pytest tests/tf
 
-check: $(READY)  ## lint, format, types, layers, generated messages, documentation
+test-lowest: .venv-lowest/.installed  ## `test` on Python 3.11 with the oldest releases that pyproject.toml allows
+	$(LOWEST_PY) -m pytest -n 2 --ignore tests/tf --ignore tests/gpu
+
+test-torch: .venv-bench/.installed  ## the adapter for PyTorch, in the environment of the benchmarks
+	$(BENCH_PY) -m pytest tests/test_torch.py
+
+check: $(READY)  ## lint, format, types, layers, generated messages, workflows, Dockerfile, documentation
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(PY) proto/generate.py --check
 	$(PY) tools/check_kernels.py
+	$(BIN)actionlint
+	$(BIN)zizmor --offline --quiet .github
+	$(BIN)hadolint docker/Dockerfile
+	$(VALID)github-workflows .github/workflows/*.yml
+	$(VALID)github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/wish.yml
+	$(VALID)github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VALID)dependabot .github/dependabot.yml
+	$(VALID)compose-spec docker/compose.yaml
+	$(VALID)citation-file-format CITATION.cff
 	@$(MAKE) docs
 
 test-gpu: require-gpu $(READY)   ## the tests on an NVIDIA GPU
@@ -174,18 +203,25 @@ gpu-session: require-gpu $(READY)  ## the essential part of test-gpu and bench-g
 	OUT="$(OUT)" timeout -k 5 275 $(PY) benchmarks/bench_gpu.py --essential --seconds 225; bench=$$?; \
 	echo "gpu-session: tests $$tests, benchmark $$bench, in $(OUT)"; [ $$tests = 0 ] && [ $$bench = 0 ]
 
-bench: .venv-bench/.installed $(TF_READY)  ## measure against torch.save, safetensors, np.savez and TensorFlow
+bench: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## measure against torch.save, DCP, safetensors, np.savez, Orbax and TensorFlow
 	$(BENCH_PY) benchmarks/bench.py
 	$(BENCH_PY) benchmarks/bench_compat.py
+
+bench-scale: $(READY)  ## plan, merge and commit of 4,096 ranks and 1,000,000 tensors, without their bytes
+	$(PY) benchmarks/scale/scale.py
+
+bench-mpi: $(READY)  ## four ranks against one process with four writers
+	OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PATH="$(dir $(PY)):$$PATH" \
+	    mpiexec -n 4 --map-by :oversubscribe --bind-to none $(PY) benchmarks/mpi_throughput.py
 
 bench-gpu: require-gpu $(READY)  ## measure on an NVIDIA GPU
 	$(PY) benchmarks/bench_gpu.py
 
 test-faults: $(READY)  ## the long runs of faults, kills, damage and fuzzing; prints the counts of docs/guarantees.md
 	GPUSAVER_FAULTS=long $(PY) -m pytest -n 2 tests/faults tests/fuzz tests/saver/test_failures.py \
-	    tests/saver/test_processes.py tests/test_damage.py
+	    tests/saver/test_processes.py tests/test_damage.py tests/mpi/test_faults.py tests/mpi/test_killed_ranks.py tests/mpi/test_resharding.py
 
-FUZZ_SECONDS = 60
+FUZZ_SECONDS ?= 60
 fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS each (Linux x86-64)
 	@for target in index v1 state meta object_graph strings; do \
 	    $(FUZZ_PY) tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) || exit 1; done
@@ -199,13 +235,31 @@ bench-incremental: $(READY)  ## saves of a state of which 90 % do not change
 bench-damage: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## damage and kill gpusaver, its peers and Orbax
 	$(BENCH_PY) benchmarks/damage_peers.py
 
-nightly: $(READY)  ## test and test-tf with many more generated examples; all mutants of the CUDA path, its coverage
+nightly: $(READY)  ## test and test-tf with many more examples; PyTorch; 2 GB converted; mutants, coverage; oldest releases, packages, containers
 	PYTEST_ADDOPTS=--hypothesis-profile=nightly $(MAKE) test test-tf
+	$(MAKE) test-torch
+	$(PY) benchmarks/memory_convert.py
 	$(PY) -m pytest -n 2 -m mutations tests/test_mutations.py
 	$(PY) tools/cuda_coverage.py
+	$(MAKE) test-lowest package first-visit docker-test
 
 docs: $(READY)   ## build/docs/index.html, warnings being errors
 	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+
+package: $(READY)  ## dist/: the wheel and the source distribution, checked, and the wheel installed and imported
+	rm -rf dist build/package
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PY) tools/check_package.py dist
+	$(PY) -m venv build/package
+	build/package/bin/python -m pip install --quiet dist/*.whl
+	cd build && package/bin/python ../tools/import_time.py
+
+docker-test:     ## build docker/Dockerfile, run the demo and the CPU tests in it; with buildah where no Docker engine runs
+	docker/test.sh
+
+first-visit:     ## pip install and the tutorial's commands in fresh environments of every Python from 3.11 on that is here
+	tools/first_visit.sh
 
 protos: $(READY)  ## generate gpusaver/protos from proto/ (Python 3.11 or 3.12)
 	$(PY) proto/generate.py

@@ -1,4 +1,4 @@
-"""``make bench``: gpusaver against torch.save, safetensors, np.savez and TensorFlow, and against raw writes and reads.
+"""``make bench``: gpusaver against six ways of five libraries to save, and against raw writes and reads.
 
 Every library is a process of its own (:mod:`worker`), in an environment that has it, and all have the same values in
 arrays of their own (:mod:`workloads`).  First each proves that what it restores is what it saved; that was also its
@@ -31,10 +31,19 @@ from report import print_tables
 from worker import sync_tree
 from workloads import WORKLOADS, Workload, create_block
 
+_ORBAX = os.path.join(ROOT, ".venv-orbax", "bin", "python")
 RESULTS = os.path.join(ROOT, "benchmarks", "results")
 FULL, QUICK = ("gpt2", "small"), ("gpt2-quick", "small-quick")
 #: What --quick leaves out: slow to start, or close to a neighbour.
-_NOT_QUICK = ("np.savez", "TensorFlow", "raw page cache x4", "raw O_DIRECT x1", "raw O_DIRECT x2")
+_NOT_QUICK = (
+    "np.savez",
+    "TensorFlow",
+    "Orbax",
+    "PyTorch DCP x4",
+    "raw page cache x4",
+    "raw O_DIRECT x1",
+    "raw O_DIRECT x2",
+)
 
 
 class WorkerError(Exception):
@@ -190,11 +199,9 @@ def summarize(
 
 
 def find_pythons(tensorflow: str) -> dict[str, str]:
-    """By environment; without TensorFlow's if there is none."""
-    pythons = {"bench": sys.executable}
-    if os.path.exists(tensorflow):
-        pythons["tensorflow"] = tensorflow
-    return pythons
+    """By environment, those that there are."""
+    pythons = {"bench": sys.executable, "tensorflow": tensorflow, "orbax": _ORBAX}
+    return {environment: python for environment, python in pythons.items() if os.path.exists(python)}
 
 
 def choose_peers(wanted: str | None, pythons: dict[str, str], quick: bool) -> list[str]:
@@ -234,8 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the workers are ended, too
     pythons = find_pythons(options.tensorflow_python)
     peers = choose_peers(options.peers, pythons, options.quick)
-    if "tensorflow" not in pythons:
-        say(f"Without TensorFlow: there is no {options.tensorflow_python} (make test-tf makes it).")
+    for environment, python in (("tensorflow", options.tensorflow_python), ("orbax", _ORBAX)):
+        if environment not in pythons:
+            say(f"Without {environment}: there is no {python} (make bench makes it).")
     rounds = options.rounds or (2 if options.quick else 5)
     directory = os.path.abspath(options.directory)
     os.makedirs(directory, exist_ok=True)

@@ -130,6 +130,51 @@ class Torch(Peer):
             tensor.copy_(loaded[name])
 
 
+class Dcp(Torch):
+    """``torch.distributed.checkpoint`` in one process, which loads in place."""
+
+    threads: ClassVar[int] = 1
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        import torch.distributed.checkpoint
+
+        self._dcp = torch.distributed.checkpoint
+
+    def save(self) -> None:
+        writer = self._dcp.FileSystemWriter(self.path("dcp"), thread_count=self.threads)
+        self._dcp.save(self._tensors, storage_writer=writer, no_dist=True)
+
+    def restore(self) -> None:
+        self._dcp.load(self._tensors, checkpoint_id=self.path("dcp"), no_dist=True)
+
+
+class DcpThreads(Dcp):
+    threads = 4
+
+
+class Orbax(Peer):
+    """``StandardCheckpointer``, waited for."""
+
+    environment = "orbax"
+    distributions = ("orbax-checkpoint", "jax")
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        import orbax.checkpoint
+
+        self._checkpointer = orbax.checkpoint.StandardCheckpointer()
+
+    def save(self) -> None:
+        self._checkpointer.save(self.path("orbax"), self.arrays)
+        self._checkpointer.wait_until_finished()
+
+    def restore(self) -> None:
+        loaded = self._checkpointer.restore(self.path("orbax"), self.arrays)
+        for name, array in self.arrays.items():
+            np.copyto(array, loaded[name])
+
+
 class Safetensors(Peer):
     """``safetensors.numpy``; back tensor by tensor."""
 
@@ -307,9 +352,12 @@ PEERS: dict[str, type[Peer]] = {
     "gpusaver O_DIRECT": GpusaverDirect,
     "gpusaver and .meta": GpusaverMeta,
     "torch.save": Torch,
+    "PyTorch DCP": Dcp,
+    "PyTorch DCP x4": DcpThreads,
     "safetensors": Safetensors,
     "np.savez": Npz,
     "TensorFlow": TensorFlow,
+    "Orbax": Orbax,
     **{
         f"raw {'O_DIRECT' if direct else 'page cache'} x{threads}": _raw(threads, direct)
         for direct, threads in itertools.product(_RAW_MODES, (1, 2, 4))

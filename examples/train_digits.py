@@ -89,7 +89,10 @@ def train_step(xp: Any, state: dict[str, Any], images: Any, labels: Any) -> floa
 
 
 def train(directory: str, epochs: int, *, forget_shuffle: bool = False, storage: Any = None) -> None:
-    """Trains up to ``epochs``, from the newest checkpoint in ``directory`` on, and saves after every epoch."""
+    """Trains up to ``epochs``, from the newest checkpoint in ``directory`` on, and saves after every epoch.
+
+    SIGTERM ends it at the next of these saves.
+    """
     from sklearn.datasets import load_digits
 
     xp, device = array_module()
@@ -101,14 +104,20 @@ def train(directory: str, epochs: int, *, forget_shuffle: bool = False, storage:
 
     fresh = shuffle.bit_generator.state
     with gpusaver.CheckpointManager(
-        state, directory, max_to_keep=3, checkpoint_name="digits.ckpt", save_every_n_steps=1, storage=storage
+        state,
+        directory,
+        max_to_keep=3,
+        checkpoint_name="digits.ckpt",
+        save_every_n_steps=1,
+        preemption_signals=(signal.SIGTERM,),
+        storage=storage,
     ) as manager:
         resumed_from = manager.restore_or_initialize()  # into the same arrays; numbers are replaced in their dicts
         if resumed_from is not None:
             print("resumed", resumed_from, flush=True)
         if forget_shuffle:
             shuffle.bit_generator.state = fresh
-        while state["epoch"] < epochs:
+        while state["epoch"] < epochs and not manager.preempted:
             order = shuffle.permutation(TRAINING)
             for start in range(0, TRAINING, BATCH):
                 batch = xp.asarray(order[start : start + BATCH])
@@ -131,8 +140,8 @@ class DyingStorage(LocalStorage):
         self._save, self._write = save, write
         self._saves, self._writes = 0, itertools.count(1)
 
-    def create(self, path: str, nbytes: int, *, direct: bool = False) -> LocalWritableFile:
-        file = super().create(path, nbytes, direct=direct)
+    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> LocalWritableFile:
+        file = super().create(path, nbytes, direct=direct, target=target)
         self._saves += ".data-" in path
         if self._saves == self._save:
             file.write_at = functools.partial(self._write_or_die, file.write_at)

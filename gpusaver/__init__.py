@@ -26,6 +26,7 @@ from gpusaver.device.nvml import DeviceInfo
 from gpusaver.errors import (
     CancelledError,
     DataLossError,
+    DeadlineExceededError,
     Error,
     FailedPreconditionError,
     InternalError,
@@ -62,6 +63,7 @@ __all__ = [
     "CheckpointReader",
     "DataLossError",
     "DataType",
+    "DeadlineExceededError",
     "DeviceInfo",
     "Error",
     "FailedPreconditionError",

@@ -11,12 +11,13 @@
     ├── ResourceExhaustedError  OSError            disk full, quota, too many open files, out of memory
     ├── PermissionDeniedError   OSError            read-only directory or file system, missing permission
     ├── UnknownError            OSError            any other failure that the operating system reported
+    ├── DeadlineExceededError   TimeoutError       other ranks did not answer in time
     ├── UnimplementedError      NotImplementedError  a stored thing that gpusaver lists but cannot read
     ├── InternalError           RuntimeError       a bug in gpusaver, or in what wrote the file
     └── CancelledError          concurrent.futures.CancelledError   the save was cancelled
 
 Where TensorFlow raises a built-in class (``TypeError`` for a wrong argument, ``ValueError`` for a missing
-directory) so does gpusaver.  Errors of the operating system are translated in one place, :func:`from_os_error`.
+directory) so does gpusaver.  Errors of the operating system are translated in one place, ``from_os_error``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Error(Exception):
     """Base of all errors below, with what ``tf.errors.OpError`` has.
 
     ``message``: the text.  ``code``: TensorFlow's number for the class.  ``op``, ``node_def``: the operation that
-    failed and its NodeDef, in :mod:`gpusaver.compat.v1`; else None.
+    failed and its NodeDef, in ``gpusaver.compat.v1``; else None.
     """
 
     code = 2
@@ -101,6 +102,16 @@ class PermissionDeniedError(Error, OSError):
 
 class UnknownError(Error, OSError):
     """The operating system reported a failure without a class of its own here (``__cause__`` has it)."""
+
+
+class DeadlineExceededError(Error, TimeoutError):
+    """Other ranks did not take part in a save or a restore in time; ``ranks`` are those."""
+
+    code = 4
+
+    def __init__(self, message: str, *, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class UnimplementedError(Error, NotImplementedError):

@@ -10,8 +10,10 @@ from gpusaver.metagraph.nodes import Names, node_name
 from gpusaver.metagraph.rewriting import encoded, remove_devices
 from gpusaver.metagraph.saver_nodes import Saveable, names_of_saver
 from gpusaver.metagraph.variables import GraphVariable, Part
-from gpusaver.pipeline.commit import FileVersion
+from gpusaver.pipeline.commit import FileVersion, MetaFile
 from gpusaver.pipeline.plan import Plan
+from gpusaver.storage.base import Storage
+from gpusaver.tensor import TensorSlice, TensorSpec
 from gpusaver.variables import Leaf, Variable
 
 if TYPE_CHECKING:
@@ -34,23 +36,43 @@ class SaverOptions(NamedTuple):
     keep_checkpoint_every_n_hours: float | None
 
 
-class Description:
-    """What the variables of one plan are, without their arrays.
+class Described(NamedTuple):
+    """A variable, or a part of one (``part`` of ``full_shape``), without its array."""
 
-    A Saver keeps it as long as :meth:`fits`: the content of `.meta` files is made once, by the first :meth:`content`.
+    name: str
+    spec: TensorSpec
+    part: TensorSlice | None
+    full_shape: tuple[int, ...] | None
+    device: str | None
+    trainable: bool
+
+
+class MetaContent:
+    """What `.meta` files are to say, and the last one that got it.  Only the saving thread calls these."""
+
+    _written: FileVersion | None = None
+
+    def content(self) -> bytes:
+        """The bytes of a `.meta` file."""
+        raise NotImplementedError
+
+    def file(self, path: str) -> MetaFile:
+        return MetaFile(path, self.content, self._written)
+
+    def mark_written(self, path: str, storage: Storage) -> None:
+        self._written = FileVersion(path, storage.version(path))
+
+
+class Description(MetaContent):
+    """What the variables of one checkpoint are: in the order of their names, the parts of one side by side.
+
+    Who keeps one saves time: the content of `.meta` files is made once, by the first :meth:`content`.
     """
 
-    def __init__(self, plan: Plan, leaves: Sequence[Leaf], options: SaverOptions) -> None:
-        self._plan = plan
-        self._trainable = _trainable(leaves)
-        self._declared_devices = [leaf.device for leaf in leaves]
+    def __init__(self, variables: Sequence[Described], options: SaverOptions) -> None:
+        self._variables = variables
         self._options = options
         self._content: bytes | None = None
-        #: The last `.meta` file that got it.  Only the saving thread uses this.
-        self.written: FileVersion | None = None
-
-    def fits(self, plan: Plan, leaves: Sequence[Leaf]) -> bool:
-        return plan.rows is self._plan.rows and self._trainable == _trainable(leaves)
 
     def content(self) -> bytes:
         """The bytes of a `.meta` file.  Without devices: one that is missing would keep TensorFlow from restoring."""
@@ -99,15 +121,13 @@ class Description:
         names = _VariableNames()
         counts: dict[str, int] = {}
         saveables = []
-        rows = zip(self._plan.rows, self._trainable, self._declared_devices, strict=True)
-        for row, trainable, declared in rows:
-            key, base, part = row.name, row.name, None
-            if row.part is not None and row.full_shape is not None and not row.part.is_whole(row.full_shape):
+        for key, spec, piece, full_shape, device, trainable in self._variables:
+            base, part = key, None
+            if piece is not None and full_shape is not None and not piece.is_whole(full_shape):
                 number = counts[key] = counts.get(key, -1) + 1
-                base, part = f"{key}/part_{number}", Part(key, row.full_shape, row.part)
-            device = row.device if self._options.sharded else declared
+                base, part = f"{key}/part_{number}", Part(key, full_shape, piece)
             variable = GraphVariable(
-                names.unique(base), row.spec.dtype, row.spec.shape, trainable, device=_graph_device(device), part=part
+                names.unique(base), spec.dtype, spec.shape, trainable, device=_graph_device(device), part=part
             )
             saveables.append(Saveable(key, variable))
         return saveables
@@ -129,8 +149,34 @@ class _VariableNames:
                 return name
 
 
-def _trainable(leaves: Sequence[Leaf]) -> list[bool]:
-    return [isinstance(leaf.holder, Variable) and leaf.holder.trainable for leaf in leaves]
+class PlanDescription(Description):
+    """Of the variables of one plan; a Saver keeps it as long as it :meth:`fits`."""
+
+    def __init__(self, plan: Plan, leaves: Sequence[Leaf], options: SaverOptions) -> None:
+        self._plan = plan
+        self._trainable = [is_trainable(leaf) for leaf in leaves]
+        rows = zip(plan.rows, leaves, self._trainable, strict=True)
+        super().__init__(
+            [
+                Described(
+                    row.name,
+                    row.spec,
+                    row.part,
+                    row.full_shape,
+                    row.device if options.sharded else leaf.device,
+                    trainable,
+                )
+                for row, leaf, trainable in rows
+            ],
+            options,
+        )
+
+    def fits(self, plan: Plan, leaves: Sequence[Leaf]) -> bool:
+        return plan.rows is self._plan.rows and self._trainable == [is_trainable(leaf) for leaf in leaves]
+
+
+def is_trainable(leaf: Leaf) -> bool:
+    return isinstance(leaf.holder, Variable) and leaf.holder.trainable
 
 
 def _graph_device(device: str | None) -> str:

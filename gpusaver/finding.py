@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 from gpusaver import checkpoint_state
@@ -111,7 +111,29 @@ def latest_checkpoint(
         check(prefix, checksums=verify == "checksums", storage=storage)
         return prefix
 
-    return first_sound(checkpoint_dir, attempt, latest_filename, allow_outside=allow_outside, storage=storage)
+    storage = storage or RoutedStorage()
+    prefixes = candidates(os.fsdecode(checkpoint_dir), latest_filename, allow_outside=allow_outside, storage=storage)
+    return first_sound(checkpoint_dir, attempt, prefixes, storage=storage)
+
+
+def prefix_of(path: PathLike, *, storage: Storage | None = None) -> str:
+    """The checkpoint that a path stands for: a prefix itself, of a directory the newest, of a SavedModel its variables.
+
+    The newest is what the state file calls so if it is there, else what the directory has.  Nothing is verified.
+    Raises NotFoundError for a directory without checkpoints.
+    """
+    storage = storage or RoutedStorage()
+    text = os.fsdecode(path)
+    if not storage.is_directory(text):
+        return text
+    variables = os.path.join(text, "variables", "variables")
+    if checkpoint_state.checkpoint_exists(variables, storage=storage):
+        return variables
+    prefixes = candidates(text, None, allow_outside=False, storage=storage)
+    found = next((prefix for prefix in prefixes if checkpoint_state.checkpoint_exists(prefix, storage=storage)), None)
+    if found is None:
+        raise NotFoundError(f"no checkpoint in the directory {text}: no state file, no .index, no variables/")
+    return found
 
 
 def check(prefix: str, *, checksums: bool, storage: Storage | None) -> None:
@@ -124,19 +146,16 @@ def check(prefix: str, *, checksums: bool, storage: Storage | None) -> None:
 def first_sound(
     directory: PathLike,
     attempt: Callable[[str], Result],
-    latest_filename: PathLike | None = None,
+    prefixes: Sequence[str],
     *,
-    allow_outside: bool,
-    storage: Storage | None,
+    storage: Storage,
 ) -> Result | None:
-    """What ``attempt(prefix)`` returns for the first candidate that is not damaged; None if there is no candidate.
+    """What ``attempt(prefix)`` returns for the first of the candidates that is not damaged; None without any.
 
     Damage is DataLossError, OutOfRangeError, InternalError (slices that overlap) and UnknownError (a disk that cannot
     be read); other errors too, if the files are not whole any more when looked at again.
     """
-    storage = storage or RoutedStorage()
     damaged: list[str] = []
-    prefixes = candidates(os.fsdecode(directory), latest_filename, allow_outside=allow_outside, storage=storage)
     for prefix in prefixes:
         try:
             return attempt(prefix)

@@ -120,6 +120,9 @@ class PendingSave:
         self.cancel_requested = threading.Event()
         #: What a fence calls first; for debugging.
         self.check: Callable[[], None] | None = None
+        #: Of a save by several ranks: its end, which takes all of them, in the thread that waits for it.
+        self.complete: Callable[[float | None], None] | None = None
+        self._completing = threading.RLock()
         self._captured = threading.Event()
         self._recorded = threading.Event()
         self._events: list[Event] = []
@@ -150,7 +153,7 @@ class PendingSave:
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The save's error, or None; waits for the end of the save, TimeoutError after ``timeout`` seconds."""
         self._check_process()
-        error = self._future.exception(timeout)
+        error = self._ended(timeout)
         self._delivered = True
         return error
 
@@ -269,13 +272,20 @@ class PendingSave:
 
     def wait(self) -> None:
         """Blocks until the save has ended; its error stays undelivered."""
-        self._future.exception()
+        self._ended()
 
     def undelivered_error(self) -> BaseException | None:
         """Waits for the end of the save; its error if nobody has seen it yet (seen from now on)."""
-        error = self._future.exception()
+        error = self._ended()
         was_delivered, self._delivered = self._delivered, True
         return None if was_delivered or isinstance(error, CancelledError) else error
+
+    def _ended(self, timeout: float | None = None) -> BaseException | None:
+        if self.complete is not None:
+            with self._completing:
+                if not self._future.done():
+                    self.complete(timeout)
+        return self._future.exception(timeout)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:

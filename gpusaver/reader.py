@@ -20,7 +20,7 @@ from gpusaver.bundle.v1 import V1Bundle
 from gpusaver.checkpoint_state import PathLike, latest_checkpoint, v1_files
 from gpusaver.device import HOST, Runtime, cuda_module
 from gpusaver.errors import InvalidArgumentError, NotFoundError
-from gpusaver.pipeline.assemble import Assembly, Target, allocate, cut, upload
+from gpusaver.pipeline.assemble import Assembly, PartlyRead, Target, allocate, cut, upload
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage, read_bytes
@@ -139,7 +139,7 @@ class CheckpointReader:
             return None
         return Located(name, _key(other), entry.spec, entry)
 
-    def plain_rows(self, names: Sequence[str]) -> tuple[Entries, list[int | None]] | None:
+    def plain_rows(self, names: Sequence[str]) -> tuple[Entries, Sequence[int | None]] | None:
         """The entries, and for each name the row of the tensor stored under it, whole and as it lies in memory.
 
         A row is None, or all of it, where that is not so or not worth finding out for so few.
@@ -196,6 +196,12 @@ class CheckpointReader:
     def __repr__(self) -> str:
         return f"<gpusaver.CheckpointReader {self.prefix!r}>"
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from gpusaver.display import html_table
+
+        return html_table(self.prefix, self._specs().items())
+
 
 class TensorRead:
     """Some tensors of one checkpoint, of either format, read together.  Made for one use by one thread."""
@@ -212,6 +218,21 @@ class TensorRead:
     def nbytes(self) -> int:
         """Stored bytes that will be read; of a V1 checkpoint, whose tensors are in its index, 0."""
         return self._assembly.nbytes if self._assembly is not None else 0
+
+    @property
+    def needed_nbytes(self) -> int:
+        """Stored bytes of what is wanted; of a V1 checkpoint 0."""
+        return self._assembly.needed_nbytes if self._assembly is not None else 0
+
+    @property
+    def read_nbytes(self) -> int:
+        """What :meth:`run` has read from the data files, in all."""
+        return self._assembly.read_nbytes if self._assembly is not None else 0
+
+    @property
+    def partly_read(self) -> list[PartlyRead]:
+        """See :attr:`gpusaver.pipeline.assemble.Assembly.partly_read`."""
+        return self._assembly.partly_read if self._assembly is not None else []
 
     def tensor(self, found: Located, target: Target, wanted: TensorSlice | None = None) -> None:
         """Requires: a fixed-size type; the target has the tensor's shape, or that of ``wanted``."""

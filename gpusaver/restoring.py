@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import functools
-import gc
 import itertools
 import logging
 import math
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.device import HOST, Admitted, Runtime, admit, known_dtype
 from gpusaver.device.host import byte_bounds
-from gpusaver.errors import Error, InvalidArgumentError, NotFoundError, UnimplementedError
+from gpusaver.distributed.group import Group
+from gpusaver.distributed.parts import compare_parts
+from gpusaver.errors import DataLossError, Error, InvalidArgumentError, NotFoundError, UnimplementedError
 from gpusaver.pipeline.assemble import Target
 from gpusaver.pipeline.workers import Slots
 from gpusaver.reader import CheckpointReader, Located, TensorRead
@@ -45,6 +46,10 @@ class RestoreReport:
     for those that could not be overwritten and were replaced in their container.  The lists of names
     are sorted.  ``nbytes``: read from the data files, each byte counted once; ``seconds``: until all was read,
     verified, and on its way to its device.
+
+    ``needed_nbytes``: of the variables, as they are stored; ``read_nbytes``: all that was read, with gaps between what
+    is needed, and twice where it was verified before.  ``unverified``: of a stored slice of theirs only a part was
+    read, by all ranks together, so that its checksum could not be compared (``verify="before"`` reads all of it).
     """
 
     def __init__(
@@ -56,6 +61,9 @@ class RestoreReport:
         self.skipped = list(skipped)
         self.values: dict[str, Any] = {}
         self.nbytes = 0
+        self.needed_nbytes = 0
+        self.read_nbytes = 0
+        self.unverified: list[str] = []
         self.seconds = 0.0
         self._reader = reader
 
@@ -92,30 +100,28 @@ def restore_leaves(
     partial: bool | str,
     reshape: bool,
     verify_first: bool,
+    group: Group | None,
 ) -> RestoreReport:
-    """See :meth:`gpusaver.Saver.restore`."""
+    """See :meth:`gpusaver.Saver.restore`.  Collective with a ``group``: if one rank fails, all do."""
     started_at = time.perf_counter()
-    with _collector_paused():
+    with group.step("compare") if group is not None else nullcontext(), collector_paused():
         report, read, matches = _plan_all(leaves, reader, partial=partial, reshape=reshape)
     runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
     for runtime in runtimes.values():
         runtime.order_after_caller()
-    read.run(slots, threads, verify_first=verify_first)
-    report.nbytes, report.seconds = read.nbytes, time.perf_counter() - started_at
-    return report
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Some objects for each variable are made at once, and all are needed: looking for garbage among them, again and
-    again, was nearly half of the time of restoring 10,000."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    has_read = False
     try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+        with group.step("read") if group is not None else nullcontext():
+            read.run(slots, threads, verify_first=verify_first)
+            has_read = True
+        report.unverified = compare_parts(read.partly_read, group)
+    except DataLossError as error:
+        if has_read:  # another rank's, or of parts that several have read
+            error.modified = tuple(report.restored)
+        raise
+    report.nbytes, report.seconds = read.nbytes, time.perf_counter() - started_at
+    report.needed_nbytes, report.read_nbytes = read.needed_nbytes, read.read_nbytes
+    return report
 
 
 def _plan_all(
@@ -232,6 +238,8 @@ def _complain(
 
 
 def _with_suggestions(missing: Iterable[str], reader: CheckpointReader) -> list[str]:
+    import difflib  # only this error needs it
+
     names = list(reader)
     count = min(_MAX_SUGGESTIONS, _MAX_COMPARISONS // max(1, len(names)))
     lines = []

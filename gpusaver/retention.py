@@ -89,6 +89,11 @@ class Retention:
         """A new list of the paths, oldest first."""
         return [path for path, _ in self._last.values()]
 
+    @property
+    def last_checkpoints_with_time(self) -> list[tuple[str, float]]:
+        """The same with their times; infinite where that is not known."""
+        return list(self._last.values())
+
     def set_last_checkpoints(self, paths: Iterable[str]) -> None:
         """Replaces the list.  These are never deleted, because their time is not known (as in TensorFlow)."""
         self.set_last_checkpoints_with_time((path, math.inf) for path in paths)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 from gpusaver.arguments import (
     checkpoint_prefix,
@@ -21,18 +21,17 @@ from gpusaver.arguments import (
 )
 from gpusaver.checkpoint_state import (
     PathLike,
-    checkpoint_exists,
     checkpoint_times,
-    remove_checkpoint,
-    replace_state,
-    state_lock,
-    write_state,
 )
+from gpusaver.collective import CollectiveSaving
 from gpusaver.device import HOST
 from gpusaver.device.inventory import nvtx
-from gpusaver.errors import CancelledError, Error, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from gpusaver.exporting import Description, SaverOptions
-from gpusaver.finding import check, first_sound
+from gpusaver.distributed.group import Group
+from gpusaver.distributed.transport import connect
+from gpusaver.errors import CancelledError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from gpusaver.exporting import PlanDescription, SaverOptions
+from gpusaver.finding import candidates, check, first_sound
+from gpusaver.listing import CheckpointList
 from gpusaver.metagraph.rewriting import without_scope, write_meta_graph
 from gpusaver.pending import PendingSave, close_on_exit, ended_if_interrupted
 from gpusaver.pipeline.plan import Plan, Save, plan_save
@@ -41,7 +40,7 @@ from gpusaver.pipeline.workers import run_in_background
 from gpusaver.reader import READ_THREADS, CheckpointReader
 from gpusaver.restoring import RestoreReport, restore_leaves
 from gpusaver.retention import Retention
-from gpusaver.saving import Capture, Saving
+from gpusaver.saving import Capture, SaveRequest, Saving, WhenBusy
 from gpusaver.storage.base import Storage
 from gpusaver.storage.routing import RoutedStorage
 from gpusaver.variables import Leaf, check_variables_once, current_variables, flatten
@@ -50,26 +49,6 @@ if TYPE_CHECKING:
     from gpusaver.protos import MetaGraphDef, SaverDef
 
 _log = logging.getLogger("gpusaver")
-
-WhenBusy = Literal["wait", "skip", "raise"]
-
-
-class SaveRequest(NamedTuple):
-    """How to save.
-
-    ``meta_graph_suffix``: None writes no meta graph.  ``is_awaited``: the caller waits for the end and gets the error.
-    ``copies``: see :meth:`gpusaver.pipeline.preflight.Preflight.check`.  ``finish(prefix)`` is called in the saving
-    thread when the checkpoint is durable, ``on_written(nbytes written, in total)`` from any thread while it is being
-    written.
-    """
-
-    meta_graph_suffix: str | None
-    capture: Capture
-    when_busy: WhenBusy
-    is_awaited: bool
-    copies: int = 1
-    finish: Callable[[str], None] | None = None
-    on_written: Callable[[int, int], None] | None = None
 
 
 class Saver:
@@ -94,7 +73,11 @@ class Saver:
     tell.)  ``incremental``: variables that do not change get data files of their own, and one that would hold what that
     of the last save holds is not written: it is another name of the same file, or on object stores a copy made there.
     Needs ``gpusaver[incremental]``.  ``"declared"``: the same, but variables with trainable=False are not hashed whole;
-    see docs/incremental.md.  ``clock``: seconds since the epoch.
+    see docs/incremental.md; not with ``comm``.  ``clock``: seconds since the epoch.  ``comm``: a communicator of mpi4py
+    (``gpusaver[mpi]``), whose ranks save one checkpoint together and restore from it, each its own variables and parts
+    (docs/distributed.md); then making a Saver, saving, waiting for a save, restoring and closing are collective, and
+    raise the same error on every rank.  ``comm_deadline``: the seconds for which a rank that is ready waits for the
+    others.
 
     Methods may be called from any thread; saves come one after the other.  A context manager: leaving it closes.
 
@@ -125,6 +108,8 @@ class Saver:
         check_captures: bool = False,
         storage: Storage | None = None,
         clock: Callable[[], float] = time.time,
+        comm: Any = None,
+        comm_deadline: float = 600.0,
     ) -> None:
         if saver_def is not None:
             max_to_keep, keep_checkpoint_every_n_hours, sharded = from_saver_def(saver_def)
@@ -138,27 +123,45 @@ class Saver:
         self._sharded = sharded
         self._allow_empty = allow_empty
         self._pad_step_number = pad_step_number
-        self._save_relative_paths = save_relative_paths
         self._read_threads = 1 if restore_sequentially else READ_THREADS
         self.storage = storage or RoutedStorage()
-        self._clock = clock
-        self._retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
-        self._check_captures = check_captures
-        self._saving = Saving(self.storage, direct_io, staging_bytes, strict=strict, incremental=incremental)
-        kept = self._retention.max_to_keep, self._retention.keep_checkpoint_every_n_hours
+        retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
+        self._list = CheckpointList(retention, self.storage, clock, save_relative_paths=save_relative_paths)
+        if incremental and comm is not None:
+            raise ValueError("incremental: only without comm, whose ranks write one file each: incremental=False")
+        self._saving = Saving(
+            self.storage,
+            direct_io,
+            staging_bytes,
+            strict=strict,
+            check_captures=check_captures,
+            incremental=incremental,
+        )
+        kept = retention.max_to_keep, retention.keep_checkpoint_every_n_hours
         self._options = SaverOptions(name, filename, sharded, reshape, *kept)
-        self._description: Description | None = None
+        self._description: PlanDescription | None = None
         self._plan: Plan | None = None
         self._pending: PendingSave | None = None
         self._closed = False
         self._process = os.getpid()
         self._lock = threading.RLock()
-        #: Of the list of checkpoints, which a save changes from its own thread; always taken after the other lock.
-        self._list_lock = threading.RLock()
         self._var_list: Any = None
         self._names: list[str] | None = None
+        #: ``with self._agree(step, agreed)``: with other ranks, an error inside is everybody's.
+        self._agree: Callable[[str, str], AbstractContextManager[None]] = lambda step, agreed: nullcontext()
+        self._group: Group | None = None
+        self._collective: CollectiveSaving | None = None
+        if comm is not None:
+            self._join(Group(connect(comm), comm_deadline))
         if not defer_build:
-            self.build(var_list)
+            with self._agree("Saver", ""):
+                self.build(var_list)
+
+    def _join(self, group: Group) -> None:
+        """From now on this Saver's ends are those of all ranks."""
+        self._group = group
+        self._agree = group.step
+        self._collective = CollectiveSaving(group, self._saving, self._options, self._list)
 
     def build(self, var_list: Any = None) -> None:
         """Fixes the set of names; only needed after ``defer_build=True``, once."""
@@ -168,7 +171,7 @@ class Saver:
         self._var_list = current_variables() if var_list is None else var_list
         leaves = flatten(self._var_list)
         check_variables_once(leaves)
-        if not leaves and not self._allow_empty:
+        if not leaves and not self._allow_empty and self._collective is None:  # another rank may have some
             raise ValueError(
                 "No variables to save: pass a dict of arrays, make a gpusaver.Variable, or allow_empty=True. "
                 "gpusaver.import_meta_graph(prefix + '.meta') makes the variables of a checkpoint anew, and "
@@ -249,6 +252,8 @@ class Saver:
             raise ValueError(f"capture: expected auto, snapshot, deferred or blocking, found {capture!r}")
         if when_busy not in ("wait", "skip", "raise"):
             raise ValueError(f"when_busy: expected wait, skip or raise, found {when_busy!r}")
+        if self._collective is not None and when_busy != "wait":
+            raise ValueError(f"when_busy: expected wait, since ranks are not busy alike, found {when_busy!r}")
         suffix = meta_graph_suffix if write_meta_graph else None
         request = SaveRequest(suffix, capture, when_busy, is_awaited=False)
         pending = self._start(save_path, global_step, latest_filename, meta_graph_suffix, write_state, request)
@@ -271,21 +276,32 @@ class Saver:
     ) -> PendingSave | None:
         """With state file and retention, if wanted."""
         self._check_process()
-        prefix = checkpoint_prefix(save_path, global_step, padded=self._pad_step_number)
-        state_name = state_filename(
-            latest_filename,
-            prefix,
-            is_plain=global_step is None and not self._sharded,
-            is_relative=self._save_relative_paths,
-            is_written=write_state,
-        )
-        meta_graph_file(prefix, meta_graph_suffix)  # refuses what cannot be one
+        try:
+            prefix = checkpoint_prefix(save_path, global_step, padded=self._pad_step_number)
+            state_name = state_filename(
+                latest_filename,
+                prefix,
+                is_plain=global_step is None and not self._sharded,
+                is_relative=self._list.save_relative_paths,
+                is_written=write_state,
+            )
+            meta_graph_file(prefix, meta_graph_suffix)  # refuses what cannot be one
+        except (TypeError, ValueError) as error:
+            self._refuse_collectively(error)
+            raise
         if write_state:
             request = request._replace(
-                copies=1 if global_step is None else self._retention.copies_to_come(),
-                finish=lambda prefix: self._update_state(prefix, meta_graph_suffix, state_name),
+                copies=1 if global_step is None else self._list.retention.copies_to_come(),
+                finish=lambda prefix: self._list.add(prefix, meta_graph_suffix, state_name),
             )
         return self.start(prefix, request)
+
+    def _refuse_collectively(self, error: Exception) -> None:
+        """The others wait in their save for this rank, which cannot begin it."""
+        if self._collective is not None:
+            if self._pending is not None:
+                self._pending.wait()
+            self._collective.refuse(error)
 
     def start(self, prefix: str, request: SaveRequest) -> PendingSave | None:
         """What :meth:`save`, :meth:`save_async` and the CheckpointManager come down to; None if it was skipped."""
@@ -299,11 +315,10 @@ class Saver:
 
     def _launch(self, prefix: str, request: SaveRequest, timeline: Timeline) -> PendingSave:
         """Refuses what can be refused, captures, and starts.  Requires: the lock is held, no save is under way."""
-        self._check_open()
-        if self._names is None:
-            raise RuntimeError("`build()` should be called before save if defer_build==True")
-        self._raise_earlier_error()
-        leaves = self._leaves()
+        if self._collective is not None:
+            self._pending = self._collective.launch(prefix, request, timeline, self._leaves_to_save)
+            return self._pending
+        leaves = self._leaves_to_save()
         with timeline.span("plan"):
             save = self._planned(leaves)
         meta_graph = None
@@ -327,12 +342,19 @@ class Saver:
         )
         if mode == "snapshot" and save.runtimes == [HOST]:
             pending.mark_captured()
-        if mode == "deferred" and self._check_captures:
+        if mode == "deferred" and self._saving.check_captures:
             self._saving.watch(save, pending)
         self._pending = pending
         with ended_if_interrupted(pending):
             run_in_background(lambda: self._run(save, pending, meta_graph, request))
         return pending
+
+    def _leaves_to_save(self) -> list[Leaf]:
+        self._check_open()
+        if self._names is None:
+            raise RuntimeError("`build()` should be called before save if defer_build==True")
+        self._raise_earlier_error()
+        return self._leaves()
 
     @staticmethod
     def _has_ended(earlier: PendingSave | None, when_busy: WhenBusy) -> bool:
@@ -368,14 +390,14 @@ class Saver:
         return leaves
 
     def _run(
-        self, save: Save, pending: PendingSave, meta_graph: tuple[str, Description] | None, request: SaveRequest
+        self, save: Save, pending: PendingSave, meta_graph: tuple[str, PlanDescription] | None, request: SaveRequest
     ) -> None:
         """In the background: write, commit, state file, retention."""
         try:
             with pending.timeline.in_background():
                 self._saving.write(save, pending, meta_graph, request.copies, request.on_written)
                 if request.finish is not None:
-                    with self._list_lock, pending.timeline.span("commit"):
+                    with pending.timeline.span("commit"):
                         request.finish(pending.prefix)
         except BaseException as error:  # delivered by PendingSave, whatever it is
             try:
@@ -386,40 +408,6 @@ class Saver:
                 pending.fail(error)
             return
         pending.finish(len(save.plan.items), sum(save.plan.layout.nbytes.tolist()))
-
-    def _update_state(self, prefix: str, meta_graph_suffix: str, state_name: str) -> None:
-        retention = copy.copy(self._retention)  # taken over only if the state file could be written
-        decision = retention.added(prefix, self._clock())
-        directory = os.path.dirname(prefix)
-
-        def replace(others: list[str]) -> None:
-            others = [path for path in others if path not in (*decision.listed, *decision.delete)]
-            with state_lock(directory, state_name, storage=self.storage):
-                # Another Saver, or somebody by hand, may have deleted what is on this one's list.
-                listed = [path for path in [*others, *decision.listed] if checkpoint_exists(path, storage=self.storage)]
-                write_state(
-                    directory,
-                    prefix,
-                    listed,
-                    state_name,
-                    save_relative_paths=self._save_relative_paths,
-                    storage=self.storage,
-                )
-                self._retention = retention
-                for old in decision.delete:
-                    self._remove(old, meta_graph_suffix)
-
-        try:
-            replace_state(directory, state_name, replace, storage=self.storage)
-        except Error as error:
-            error.add_note(f"The checkpoint {prefix} itself is complete; no state file lists it.")
-            raise
-
-    def _remove(self, old: str, meta_graph_suffix: str) -> None:
-        try:
-            remove_checkpoint(old, meta_graph_suffix, storage=self.storage)
-        except Error as error:
-            _log.warning("cannot remove the old checkpoint %s: %s", old, error)
 
     # -- restoring
 
@@ -442,31 +430,38 @@ class Saver:
         Raises InvalidArgumentError (a ValueError) if there is no such checkpoint or shapes or dtypes differ,
         NotFoundError for missing names, DataLossError, OutOfRangeError for damage.
         """
-        if save_path is None:
-            raise ValueError("Can't load save_path when it is None.")
-        prefix = fs_path(save_path, "save_path")
-        if verify not in ("during", "before"):
-            raise ValueError(f"verify: expected 'during' or 'before', found {verify!r}")
         self._check_process()  # before the lock: in a child it may be held by a thread that is not there
         with self._lock:
-            self._check_open()
-            if self._names is None:
-                raise RuntimeError("`build()` should be called before restore if defer_build==True")
-            if self._pending is not None:
-                self._pending.wait_captured()
-            try:
-                reader = CheckpointReader(prefix, storage=self.storage)
-            except NotFoundError as error:
-                raise InvalidArgumentError(f"The passed save_path is not a valid checkpoint: {error}") from error
+            with self._agree("restore", f"{save_path!r}, partial={partial!r}, verify={verify!r}"):
+                reader = self._reader(save_path, verify)
+                leaves = self._leaves()
             return restore_leaves(
-                self._leaves(),
+                leaves,
                 reader,
                 self._saving.slots,
                 self._read_threads,
                 partial=partial,
                 reshape=self._reshape,
                 verify_first=verify == "before",
+                group=self._group,
             )
+
+    def _reader(self, save_path: PathLike, verify: str) -> CheckpointReader:
+        """For a restore; refuses what can be refused before anything is compared."""
+        if save_path is None:
+            raise ValueError("Can't load save_path when it is None.")
+        prefix = fs_path(save_path, "save_path")
+        if verify not in ("during", "before"):
+            raise ValueError(f"verify: expected 'during' or 'before', found {verify!r}")
+        self._check_open()
+        if self._names is None:
+            raise RuntimeError("`build()` should be called before restore if defer_build==True")
+        if self._pending is not None:
+            self._pending.wait_captured()
+        try:
+            return CheckpointReader(prefix, storage=self.storage)
+        except NotFoundError as error:
+            raise InvalidArgumentError(f"The passed save_path is not a valid checkpoint: {error}") from error
 
     def restore_latest(
         self,
@@ -487,11 +482,17 @@ class Saver:
         """
 
         def attempt(prefix: str) -> RestoreReport:
-            check(prefix, checksums=False, storage=self.storage)
+            with self._agree("check", prefix):
+                check(prefix, checksums=False, storage=self.storage)
             return self.restore(prefix, partial=partial, verify="before")
 
         self._check_process()
-        return first_sound(checkpoint_dir, attempt, latest_filename, allow_outside=allow_outside, storage=self.storage)
+        prefixes = candidates(
+            os.fsdecode(checkpoint_dir), latest_filename, allow_outside=allow_outside, storage=self.storage
+        )
+        if self._group is not None:
+            prefixes = self._group.share("restore_latest", prefixes)
+        return first_sound(checkpoint_dir, attempt, prefixes, storage=self.storage)
 
     # -- meta graphs
 
@@ -534,7 +535,7 @@ class Saver:
         """A Saver of the current collection's variables, with the retention and sharding of ``saver_def``."""
         return Saver(saver_def=saver_def, name=import_scope)
 
-    def _describe_now(self) -> Description:
+    def _describe_now(self) -> PlanDescription:
         self._check_process()  # before the lock: in a child it may be held by a thread that is not there
         with self._lock:
             self._check_open()
@@ -544,10 +545,10 @@ class Saver:
             self._plan = self._planned(leaves).plan
             return self._describe(leaves, self._plan)
 
-    def _describe(self, leaves: Sequence[Leaf], plan: Plan) -> Description:
+    def _describe(self, leaves: Sequence[Leaf], plan: Plan) -> PlanDescription:
         """Of the plan; the last one if that still fits."""
         if self._description is None or not self._description.fits(plan, leaves):
-            self._description = Description(plan, leaves, self._options)
+            self._description = PlanDescription(plan, leaves, self._options)
         return self._description
 
     # -- the list of checkpoints
@@ -556,19 +557,17 @@ class Saver:
     def last_checkpoints(self) -> list[str]:
         """A new list of the prefixes that retention counts, oldest first; without a save that is still under way."""
         self._check_process()
-        return self._retention.last_checkpoints
+        return self._list.retention.last_checkpoints
 
     def set_last_checkpoints(self, last_checkpoints: Sequence[str]) -> None:
         """Replaces the list; these are never deleted, because their times are unknown."""
         self._check_process()
-        with self._list_lock:
-            self._retention.set_last_checkpoints(last_checkpoints)
+        self._list.replace(last_checkpoints)
 
     def set_last_checkpoints_with_time(self, last_checkpoints_with_time: Iterable[tuple[str, float]]) -> None:
         """Replaces the list by ``(prefix, seconds since the epoch)``, oldest first."""
         self._check_process()
-        with self._list_lock:
-            self._retention.set_last_checkpoints_with_time(last_checkpoints_with_time)
+        self._list.replace_with_times(last_checkpoints_with_time)
 
     def recover_last_checkpoints(self, checkpoint_paths: Iterable[PathLike]) -> None:
         """Replaces the list by those of the prefixes that exist, with the times of their files."""
@@ -593,6 +592,11 @@ class Saver:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         close_on_exit(self.close, error)
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether it saves together with other ranks."""
+        return self._group is not None
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:

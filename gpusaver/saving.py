@@ -6,28 +6,29 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gpusaver.device import HOST, Runtime
 from gpusaver.errors import DataLossError, FailedPreconditionError, ResourceExhaustedError
-from gpusaver.exporting import Description
+from gpusaver.exporting import MetaContent
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
-from gpusaver.pipeline.commit import DIRECT_MIN_NBYTES, BundleCommit, FileVersion, MetaFile
+from gpusaver.pipeline.commit import DIRECT_MIN_NBYTES, BundleCommit, FileVersion, ShardFiles
 from gpusaver.pipeline.incremental import Contents, Hashing, Incremental, WrittenFile, tensors_of
 from gpusaver.pipeline.plan import Item, Plan, Save
 from gpusaver.pipeline.preflight import Preflight
 from gpusaver.pipeline.save import Source, checksums_now, write_chunks
 from gpusaver.pipeline.watched import Meter
 from gpusaver.pipeline.workers import Slots
-from gpusaver.storage.base import Storage
+from gpusaver.storage.base import Storage, WritableFile
 from gpusaver.variables import Leaf
 
 _log = logging.getLogger("gpusaver")
 
 Capture = Literal["auto", "snapshot", "deferred", "blocking"]
+WhenBusy = Literal["wait", "skip", "raise"]
 
 #: Through the page cache both threads copy; where chunks are staged another thread does, and these wait for the disk.
 _THREADS = 2
@@ -35,10 +36,28 @@ _STAGED_THREADS = 3
 _PINNED_SLOTS = 4
 
 
+class SaveRequest(NamedTuple):
+    """How to save.
+
+    ``meta_graph_suffix``: None writes no meta graph.  ``is_awaited``: the caller waits for the end and gets the error.
+    ``copies``: see :meth:`gpusaver.pipeline.preflight.Preflight.check`.  ``finish(prefix)`` is called in the saving
+    thread when the checkpoint is durable, ``on_written(nbytes written, in total)`` from any thread while it is being
+    written.
+    """
+
+    meta_graph_suffix: str | None
+    capture: Capture
+    when_busy: WhenBusy
+    is_awaited: bool
+    copies: int = 1
+    finish: Callable[[str], None] | None = None
+    on_written: Callable[[int, int], None] | None = None
+
+
 class Saving:
     """Captures and writes, one save after the other; keeps slots, rings and snapshot memory between them.
 
-    ``direct_io``, ``staging_bytes``, ``strict`` and ``incremental`` are the Saver's.
+    ``direct_io``, ``staging_bytes``, ``strict``, ``check_captures`` and ``incremental`` are the Saver's.
     """
 
     def __init__(
@@ -48,15 +67,17 @@ class Saving:
         staging_bytes: int,
         *,
         strict: bool,
+        check_captures: bool,
         incremental: bool | Literal["declared"],
     ) -> None:
         self.slots = Slots(CHUNK_NBYTES, max(_PINNED_SLOTS, staging_bytes // CHUNK_NBYTES))
-        self._storage = storage
-        self._direct_io = direct_io
-        self._strict = strict
+        self.storage = storage
+        self.direct_io = direct_io
+        self.strict = strict
+        self.check_captures = check_captures
+        self.preflight = Preflight(storage)
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
-        self._preflight = Preflight(storage)
         if incremental not in (False, True, "declared"):
             raise ValueError(f"incremental: expected False, True or 'declared', found {incremental!r}")
         self._incremental = Incremental(incremental) if incremental else None
@@ -67,10 +88,10 @@ class Saving:
 
     def arrange(self, save: Save, directory: str) -> Save:
         """The same, laid out as the files in this directory are best written."""
-        is_direct = self._direct_io
+        is_direct = self.direct_io
         if is_direct is None:
             is_large = max(save.plan.layout.shard_nbytes) >= DIRECT_MIN_NBYTES
-            is_direct = is_large and self._storage.prefers_direct(directory)
+            is_direct = is_large and self.storage.prefers_direct(directory)
         return save.moved(around_cache=is_direct)
 
     def capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
@@ -127,7 +148,7 @@ class Saving:
         self,
         save: Save,
         pending: PendingSave,
-        meta_graph: tuple[str, Description] | None,
+        meta_graph: tuple[str, MetaContent] | None,
         copies: int,
         on_written: Callable[[int, int], None] | None,
     ) -> None:
@@ -141,30 +162,20 @@ class Saving:
         needed = sum(shard_nbytes)
         if self._incremental is not None and self._incremental.has_files:
             needed -= sum(shard_nbytes[shard] for shard in plan.frozen_shards)
-        self._preflight.check(pending.prefix, needed, len(plan.items), copies)
+        self.preflight.check(pending.prefix, needed, len(plan.items), copies)
         commit = BundleCommit(
-            self._storage, pending.prefix, shard_nbytes, direct=self._direct_io, later=plan.frozen_shards
+            self.storage, pending.prefix, shard_nbytes, direct=self.direct_io, later=plan.frozen_shards
         )
         try:
-            meter = Meter(sum(shard_nbytes), on_written)
             contents: dict[int, Contents] = {}
             if self._incremental is None or not plan.frozen_shards:
-                checksums = self._write_files(save, pending, commit, meter)
+                checksums = self.write_data(save, pending, commit, on_written)
             else:
-                checksums, contents = self._write_changed(self._incremental, save, pending, commit, meter)
-            with pending.timeline.span("sync"):
-                commit.sync()
-            checksums.update(save.string_checksums)
+                checksums, contents = self._write_changed(self._incremental, save, pending, commit, on_written)
             index = plan.index(commit.num_shards, checksums)
-            meta = None
-            if meta_graph is not None:
-                path, description = meta_graph
-                meta = MetaFile(path, description.content, description.written)
             pending.begin_commit()
             with pending.timeline.span("commit"):
-                commit.publish(index, meta, strict=self._strict)
-                if meta is not None:
-                    description.written = FileVersion(path, self._storage.version(path))
+                self.publish(commit, index, meta_graph)
                 if self._incremental is not None:
                     self._remember(self._incremental, plan, commit, checksums, contents)
         except BaseException as error:
@@ -173,25 +184,45 @@ class Saving:
             commit.abort()
             raise
 
+    def write_data(
+        self,
+        save: Save,
+        pending: PendingSave,
+        into: BundleCommit | ShardFiles,
+        on_written: Callable[[int, int], None] | None,
+    ) -> dict[int, int]:
+        """Fills the data files, syncs them, and returns the checksums by tensor number."""
+        meter = Meter(sum(save.plan.layout.shard_nbytes), on_written)
+        return self._synced(save, pending, into, self._write_files(save, pending, into.files, meter))
+
+    def _synced(
+        self, save: Save, pending: PendingSave, into: BundleCommit | ShardFiles, checksums: dict[int, int]
+    ) -> dict[int, int]:
+        """All is written; the checksums, now also those of strings."""
+        with pending.timeline.span("sync"):
+            into.sync()
+        checksums.update(save.string_checksums)
+        return checksums
+
     def _write_files(
         self,
         save: Save,
         pending: PendingSave,
-        commit: BundleCommit,
+        files: Sequence[WritableFile],
         meter: Meter,
         shards: Collection[int] | None = None,
         *,
         is_last: bool = True,
     ) -> dict[int, int]:
-        """Writes all data files, or ``shards``; the checksums.  ``is_last``: then nothing is read any more."""
-        is_staged = any(file.alignment > 1 for file in commit.files) or save.runtimes != [HOST]
+        """Fills all data files, or ``shards``; the checksums.  ``is_last``: then nothing is read any more."""
+        is_staged = any(file.alignment > 1 for file in files) or save.runtimes != [HOST]
         threads = _STAGED_THREADS if is_staged else _THREADS
         return write_chunks(
             save.plan.layout,
             save.sources,
-            meter.watched(commit.files),
+            meter.watched(files),
             self.slots,
-            1 if any(file.ordered for file in commit.files) else threads,
+            1 if any(file.ordered for file in files) else threads,
             shards=shards,
             on_recorded=pending.mark_recorded if is_last else lambda _: None,
             on_staged=pending.mark_captured if is_last else lambda: None,
@@ -200,31 +231,37 @@ class Saving:
         )
 
     def _write_changed(
-        self, incremental: Incremental, save: Save, pending: PendingSave, commit: BundleCommit, meter: Meter
+        self,
+        incremental: Incremental,
+        save: Save,
+        pending: PendingSave,
+        commit: BundleCommit,
+        on_written: Callable[[int, int], None] | None,
     ) -> tuple[dict[int, int], dict[int, Contents]]:
-        """The same, but frozen data files are linked where the last save has written their contents."""
+        """As :meth:`write_data`, but frozen data files are linked where the last save has written their contents."""
+        meter = Meter(sum(save.plan.layout.shard_nbytes), on_written)
         layout, timeline, frozen = save.plan.layout, pending.timeline, save.plan.frozen_shards
         hashing = Hashing(save, frozen, incremental.trusted(save.plan), self.slots, pending.cancel_requested, timeline)
         try:
             others = set(range(len(layout.shard_nbytes))) - frozen
-            checksums = self._write_files(save, pending, commit, meter, others, is_last=False)
+            checksums = self._write_files(save, pending, commit.files, meter, others, is_last=False)
             contents = hashing.result()
         finally:
             hashing.stop()
         linked: set[int] = set()
         for shard in sorted(frozen):
-            found = incremental.find(contents[shard], self._storage)
+            found = incremental.find(contents[shard], self.storage)
             begun_at = time.perf_counter()
-            if found is None or not commit.link(shard, found.file):
-                commit.create(shard)
+            if found is None or not commit.shards.link(shard, found.file):
+                commit.shards.create(shard)
                 continue
             linked.add(shard)
             nbytes = layout.shard_nbytes[shard]
             timeline.add_span("link", threading.current_thread().name, begun_at, time.perf_counter(), nbytes)
             meter.add(nbytes)
             checksums.update(zip(tensors_of(layout, [shard]), found.checksums, strict=True))
-        checksums.update(self._write_files(save, pending, commit, meter, frozen - linked))
-        return checksums, contents
+        checksums.update(self._write_files(save, pending, commit.files, meter, frozen - linked))
+        return self._synced(save, pending, commit, checksums), contents
 
     def _remember(
         self,
@@ -238,8 +275,17 @@ class Saving:
         for shard, held in contents.items():
             path = commit.paths[shard]
             stored = tuple(checksums[tensor] for tensor in tensors_of(plan.layout, [shard]))
-            files.append(WrittenFile(FileVersion(path, self._storage.version(path)), held, stored))
+            files.append(WrittenFile(FileVersion(path, self.storage.version(path)), held, stored))
         incremental.saved(plan, checksums, files)
+
+    def publish(self, commit: BundleCommit, index: bytes, meta_graph: tuple[str, MetaContent] | None) -> None:
+        """See :meth:`BundleCommit.publish`."""
+        if meta_graph is None:
+            commit.publish(index, strict=self.strict)
+            return
+        path, content = meta_graph
+        commit.publish(index, content.file(path), strict=self.strict)
+        content.mark_written(path, self.storage)
 
     def warm_up(self, save: Save, directory: str | None) -> None:
         """Pins the ring, compiles the kernels, and looks at the directory, where there is one."""
@@ -247,8 +293,8 @@ class Saving:
             runtime.warm_up()
             if runtime is not HOST:
                 self.slots.ring(runtime).fill()
-        if directory is not None and self._direct_io is None and self._storage.is_directory(directory):
-            self._storage.prefers_direct(directory)
+        if directory is not None and self.direct_io is None and self.storage.is_directory(directory):
+            self.storage.prefers_direct(directory)
 
     def watch(self, save: Save, pending: PendingSave) -> None:
         """Has ``pending.fence()`` raise FailedPreconditionError if a variable is not as it is now."""

@@ -222,15 +222,13 @@ class TensorSlice:
         """
         if len(self.extents) != len(shape):
             raise InvalidArgumentError(f"slice {self} has {len(self.extents)} dimensions, the tensor has {len(shape)}")
-        resolved = []
-        for axis, (extent, size) in enumerate(zip(self.extents, shape, strict=True)):
-            start, length = (0, size) if extent is None else extent
+        resolved = tuple([(0, size) if extent is None else extent for extent, size in zip(self.extents, shape)])  # noqa: B905
+        for axis, ((start, length), size) in enumerate(zip(resolved, shape)):  # noqa: B905  # of one length, and often
             if start < 0 or length < 0 or start + length > size:
                 raise InvalidArgumentError(
                     f"Extent in dimension {axis} out of bounds: shape = {list(shape)}, slice = {self}"
                 )
-            resolved.append((start, length))
-        return tuple(resolved)
+        return resolved
 
     def shape(self, full_shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of this part of a tensor of ``full_shape``."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -93,6 +95,15 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3_server.environment(s3_endpoint).items():
         monkeypatch.setenv(name, value)
     return s3_endpoint
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """A directory in memory where there is one: the tests that use it make thousands of files."""
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    directory = Path(tempfile.mkdtemp(prefix="gpusaver-faults-", dir=parent)).resolve()
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ section 6.3) is written in an order-preserving code::
 
 from __future__ import annotations
 
+import functools
 import re
 
 from gpusaver.errors import DataLossError, InvalidArgumentError
@@ -23,6 +24,10 @@ _SLICE_KEY_NAME = re.compile(rb"\x00((?:[^\x00\xff]++|\x00\xff|\xff\x00)*+)\x00\
 _HEADERS = [b""] + [((0xFFFF << (16 - n)) & 0xFFFF).to_bytes(2, "big") for n in range(1, 11)]
 _ONE_BYTE = [bytes((n,)) for n in range(128)]
 
+
+#: Tensors that are cut alike have the same slices: one for each of some thousand ranks, in each tensor.
+CACHED_SLICES = 1 << 14
+_MAX_CACHED_RANK = 8
 
 #: Longer names are shown by their beginning.
 _SHOWN_NBYTES = 240
@@ -83,7 +88,14 @@ def _read_varint(data: bytes, position: int, limit: int, bits: int) -> tuple[int
 def encode_slice_key(name: bytes, part: TensorSlice) -> bytes:
     """The key of the entry that holds this part of the tensor ``name``."""
     escaped = _UNESCAPED.sub(lambda match: b"\x00\xff" if match[0] == b"\x00" else b"\xff\x00", name)
-    pieces = [b"\x00", escaped, b"\x00\x01", _number(len(part.extents))]
+    # The cache must not keep what a hostile file was made of.
+    extents = _extents if len(part.extents) <= _MAX_CACHED_RANK else _extents.__wrapped__
+    return b"\x00" + escaped + b"\x00\x01" + extents(part)
+
+
+@functools.lru_cache(maxsize=CACHED_SLICES)
+def _extents(part: TensorSlice) -> bytes:
+    pieces = [_number(len(part.extents))]
     for extent in part.extents:
         start, length = (0, -1) if extent is None else extent
         pieces.append(_signed(start))

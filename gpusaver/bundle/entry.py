@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from gpusaver.bundle.coding import varint
+from gpusaver.bundle.coding import CACHED_SLICES, varint
 from gpusaver.errors import DataLossError, InvalidArgumentError, UnimplementedError
 from gpusaver.protos import tensor_bundle_pb2, types_pb2
 from gpusaver.tensor import MAX_ELEMENTS, DataType, TensorSlice, TensorSpec
@@ -64,14 +64,17 @@ def encode_entry(entry: Entry) -> bytes:
         encoded += b"\x28" + varint(entry.nbytes)
     if entry.crc:
         encoded += b"\x35" + entry.crc.to_bytes(4, "little")
-    for part in entry.slices:
-        encoded += _field(b"\x3a", b"".join(_field(b"\x0a", _extent(extent)) for extent in part.extents))
-    return encoded
+    return encoded + b"".join(map(_slice_field, entry.slices)) if entry.slices else encoded
 
 
 @functools.lru_cache(maxsize=4096)
 def _shape_field(shape: tuple[int, ...]) -> bytes:
     return _field(b"\x12", b"".join(_field(b"\x12", b"\x08" + varint(size) if size else b"") for size in shape))
+
+
+@functools.lru_cache(maxsize=CACHED_SLICES)
+def _slice_field(part: TensorSlice) -> bytes:
+    return _field(b"\x3a", b"".join(_field(b"\x0a", _extent(extent)) for extent in part.extents))
 
 
 def _extent(extent: tuple[int, int] | None) -> bytes:
@@ -135,7 +138,8 @@ class Ranges(NamedTuple):
     crc: Column
 
     def take(self, rows: Sequence[int]) -> Ranges:
-        return Ranges(*(column[rows] for column in self))
+        index = np.asarray(rows, np.int64)
+        return Ranges(*(column[index] for column in self))
 
 
 class Entries(Sequence[Entry]):
@@ -197,13 +201,14 @@ def decode_entries(data: bytes, starts: Sequence[int], ends: Sequence[int], num_
     head_nbytes[~is_usual] = 0
     tail_nbytes = np.where(is_usual, nbytes - head_nbytes, 0)
     found = [_NO_HEAD] * len(first)
-    heads = _rows(octets, first, head_nbytes, _MAX_HEAD_NBYTES).view(f"S{_MAX_HEAD_NBYTES}").ravel().tolist()
+    width = int(head_nbytes.max(initial=1))
+    heads = _rows(octets, first, head_nbytes, width).view(f"S{width}").ravel().tolist()
     try:
         kinds = {head: _decode_head(_restored(head)) if head else _NO_HEAD for head in set(heads)}
         found = [kinds[head] for head in heads]
     except (DecodeError, DataLossError, UnimplementedError):
         pass  # each entry alone says what is wrong, and with which
-    tails = _rows(octets, first + head_nbytes, tail_nbytes, _MAX_TAIL_NBYTES + _MARGIN)
+    tails = _rows(octets, first + head_nbytes, tail_nbytes, int(tail_nbytes.max(initial=0)) + _MARGIN)
     *columns, is_sound = _decode_tails(tails, tail_nbytes)
     ranges = Ranges(*columns)
     # No entry has as many bytes as 64 bits cannot count.
@@ -295,6 +300,15 @@ def decode_shape(message: types_pb2.TensorShapeProto) -> tuple[int, ...]:
 
 def decode_slice(message: types_pb2.TensorSliceProto, shape: tuple[int, ...]) -> TensorSlice:
     """The part of a tensor of this shape; DataLossError if it does not lie within."""
+    data = message.SerializeToString()
+    decode = _decode_slice if len(data) <= _MAX_CACHED_NBYTES else _decode_slice.__wrapped__
+    return decode(data, shape)
+
+
+@functools.lru_cache(maxsize=CACHED_SLICES)
+def _decode_slice(data: bytes, shape: tuple[int, ...]) -> TensorSlice:
+    """Tensors that are cut alike have the same slices: one for each rank, in each of them."""
+    message = types_pb2.TensorSliceProto.FromString(data)
     if len(message.extent) != len(shape):
         raise DataLossError(f"a slice has {len(message.extent)} dimensions, the tensor has {len(shape)}")
     part = TensorSlice(

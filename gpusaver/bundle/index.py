@@ -80,7 +80,7 @@ class BundleIndex:
         value = self._table.get(key) if key != _HEADER_KEY else None
         return None if value is None else self._decode(key, value)
 
-    def rows(self, keys: Sequence[bytes]) -> tuple[Entries, list[int | None]] | None:
+    def rows(self, keys: Sequence[bytes]) -> tuple[Entries, Sequence[int | None]] | None:
         """All entries, and the rows of these keys among them; None if that costs more than to get each alone."""
         if self._entries is None:
             if len(keys) < _MIN_BULK_LOOKUPS or len(keys) * _BULK_ENTRY_NBYTES < self._table.nbytes:
@@ -91,7 +91,7 @@ class BundleIndex:
                 return None  # what is wrong is said when the entry is asked for
         assert self._entries is not None
         if keys == self._keys:  # nearly always, where all of a checkpoint is restored
-            return self._entries, list(range(len(keys)))
+            return self._entries, range(len(keys))
         return self._entries, list(map(self._rows.get, keys))
 
     @functools.cached_property
@@ -109,9 +109,20 @@ class BundleIndex:
 
     def items(self) -> Iterator[tuple[bytes, Entry]]:
         """All entries as stored, slice keys included, in key order."""
-        for key, value in self._table.items():
-            if key != _HEADER_KEY:
-                yield key, self._decode(key, value)
+        for keys, data, starts, ends in self._table.columns():
+            skipped = 1 if keys[:1] == [_HEADER_KEY] else 0
+            try:
+                entries = decode_entries(data, starts[skipped:], ends[skipped:], self.num_shards)
+            except (DataLossError, UnimplementedError):  # one after the other, up to the one that is wrong
+                for key, start, end in zip(keys[skipped:], starts[skipped:], ends[skipped:], strict=True):
+                    yield key, self._decode(key, data[start:end])
+                continue
+            columns = [column.tolist() for column in entries.ranges]
+            for row, (key, *fields) in enumerate(zip(keys[skipped:], entries.specs, *columns, strict=True)):
+                entry = entries.others.get(row) or Entry(*fields)
+                if entry.slices:
+                    self._check_slices(key, len(entry.slices) * len(key))
+                yield key, entry
 
     def slice_keys(self) -> set[bytes]:
         """The keys of all stored parts of partitioned tensors."""

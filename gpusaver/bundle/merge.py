@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.bundle.coding import printable
 from gpusaver.bundle.entry import Entry
 from gpusaver.bundle.index import BundleIndex
 from gpusaver.errors import InvalidArgumentError, UnimplementedError
+from gpusaver.tensor import TensorSlice
 
 
 class MergedIndex(NamedTuple):
@@ -28,16 +30,22 @@ class MergedIndex(NamedTuple):
     moves: list[tuple[int, int, int]]
 
 
-def merge_indexes(inputs: Sequence[BundleIndex]) -> MergedIndex:
+@collector_paused()
+def merge_indexes(inputs: Sequence[BundleIndex], first_shards: Sequence[int] | None = None) -> MergedIndex:
     """Joins bundles that were written for different devices or by different processes.
 
-    A tensor may be in several inputs only if it is partitioned and each holds other slices of it.  Raises
+    A tensor may be in several inputs only if it is partitioned and each holds other slices of it.  With
+    ``first_shards`` the data files have their numbers already: those of input i from ``first_shards[i]`` on.  Raises
     InvalidArgumentError for a tensor given twice, or for inputs of different byte order or version.
     """
     if not inputs:
         raise InvalidArgumentError("merging needs at least one checkpoint")
     entries: dict[bytes, Entry] = {}
+    slices: dict[bytes, list[TensorSlice]] = {}
     shards: dict[tuple[int, int], int] = {}
+    if first_shards is not None:
+        for number, (index, first) in enumerate(zip(inputs, first_shards, strict=True)):
+            shards.update({(number, shard): first + shard for shard in range(index.num_shards)})
     for number, index in enumerate(inputs):
         if (index.big_endian, index.version) != (inputs[0].big_endian, inputs[0].version):
             raise InvalidArgumentError(f"{index.name} and {inputs[0].name} differ in byte order or version")
@@ -47,7 +55,11 @@ def merge_indexes(inputs: Sequence[BundleIndex]) -> MergedIndex:
                 shard = shards.setdefault((number, entry.shard), len(shards))
                 entries[key] = entry._replace(shard=shard)
             else:
-                entries[key] = _join(key, existing, entry, index.name)
+                _check_joint(key, existing, entry, index.name)
+            if entry.slices:
+                slices.setdefault(key, []).extend(entry.slices)
+    for key, parts in slices.items():
+        entries[key] = entries[key]._replace(slices=tuple(parts))
     if inputs[0].big_endian:
         raise UnimplementedError(f"{inputs[0].name} is big-endian: such checkpoints are read but not written")
     # A checkpoint without entries still has one data file; the count must not exceed the files that will exist.
@@ -56,11 +68,10 @@ def merge_indexes(inputs: Sequence[BundleIndex]) -> MergedIndex:
     return MergedIndex(len(shards), sorted(entries.items()), moves)
 
 
-def _join(key: bytes, existing: Entry, entry: Entry, name: str) -> Entry:
+def _check_joint(key: bytes, existing: Entry, entry: Entry, name: str) -> None:
     if not (existing.slices and entry.slices):
         raise InvalidArgumentError(f"Duplicate tensor keyed by {printable(key)} encountered, when merging {name}")
     if existing.spec != entry.spec:
         raise InvalidArgumentError(
             f"partitioned tensor {printable(key)} is {entry.spec} in {name}, but {existing.spec} in an earlier input"
         )
-    return existing._replace(slices=existing.slices + entry.slices)

@@ -14,12 +14,16 @@ from gpusaver.bundle.entry import Entry
 from gpusaver.bundle.index import BundleIndex
 from gpusaver.bundle.slices import check_tiling, slice_key
 from gpusaver.bundle.strings import decode_strings, variants_crc
-from gpusaver.errors import Error
+from gpusaver.errors import Error, InvalidArgumentError
 from gpusaver.tensor import DataType
 
 
-def structure_problems(index: BundleIndex, shard_nbytes: Mapping[int, int | None]) -> Iterator[str]:
+def structure_problems(
+    index: BundleIndex, shard_nbytes: Mapping[int, int | None], *, some_slices: bool = False
+) -> Iterator[str]:
     """What is wrong with the layout: files missing or too short, tensors on top of each other, slices lacking.
+
+    ``some_slices``: a bundle may have some slices of a tensor only, as one that is part of a larger save.
 
     ``shard_nbytes`` maps shards to the sizes of their data files (None or absent: there is no such file).  A shard
     in which no entry lies need not exist.  Raises DataLossError if the index itself cannot be read.
@@ -29,7 +33,7 @@ def structure_problems(index: BundleIndex, shard_nbytes: Mapping[int, int | None
     missing: dict[int, int] = {}
     for key, entry in index.items():
         if entry.slices:
-            yield from _slice_problems(index, key, entry)
+            yield from _slice_problems(index, key, entry, some_slices)
             continue
         size = shard_nbytes.get(entry.shard)
         if size is None:
@@ -46,7 +50,7 @@ def structure_problems(index: BundleIndex, shard_nbytes: Mapping[int, int | None
     yield from _overlaps(stored)
 
 
-def _slice_problems(index: BundleIndex, key: bytes, whole: Entry) -> Iterator[str]:
+def _slice_problems(index: BundleIndex, key: bytes, whole: Entry, some: bool) -> Iterator[str]:
     for part in whole.slices:
         entry = index.get(slice_key(key, part))
         if entry is None:
@@ -56,7 +60,8 @@ def _slice_problems(index: BundleIndex, key: bytes, whole: Entry) -> Iterator[st
     try:
         check_tiling(key, whole.spec.shape, whole.slices)
     except Error as error:
-        yield str(error)
+        if not (some and isinstance(error, InvalidArgumentError)):
+            yield str(error)
 
 
 def _overlaps(stored: list[tuple[int, int, int, bytes]]) -> Iterator[str]:

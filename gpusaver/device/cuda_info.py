@@ -28,6 +28,22 @@ def memory(device: int) -> tuple[int, int]:
     return 0, 0
 
 
+def versions() -> dict[str, str]:
+    """Of CuPy, of the CUDA it was built for and of the newest that the driver runs; "" for what cannot be asked."""
+    found = {"cupy": str(cupy.__version__), "cuda": "", "driver": ""}
+    for name, ask in (("cuda", "runtimeGetVersion"), ("driver", "driverGetVersion")):
+        with contextlib.suppress(Exception):  # without a driver both raise, with classes of their own
+            number = int(getattr(cupy.cuda.runtime, ask)())
+            found[name] = f"{number // 1000}.{number % 1000 // 10}"
+    return found
+
+
+def nvrtc_version() -> str:
+    """Of the compiler of gpusaver's kernels.  Raises whatever CuPy does if it cannot be loaded."""
+    major, minor = cupy.cuda.nvrtc.getVersion()
+    return f"{major}.{minor}"
+
+
 def nvtx() -> Any:
     """CuPy's module with RangePush and RangePop, or None where it was built without."""
     with contextlib.suppress(ImportError):

@@ -14,9 +14,9 @@ from gpusaver.device.nvml import DeviceInfo
 def devices() -> list[DeviceInfo]:
     """The CUDA devices that arrays can be saved from, in CuPy's order: "cuda:0", "cuda:1", ...
 
-    Empty on a machine without a GPU, without a driver, or without CuPy; :func:`why_no_devices` tells which.  Does not
-    raise.  The first call imports CuPy.  A MIG slice, and a device that NVML hides, tells its memory to a CUDA context
-    alone, which is then made.
+    Empty on a machine without a GPU, without a driver, or without CuPy; ``why_no_devices`` of this module tells which.
+    Does not raise.  The first call imports CuPy.  A MIG slice, and a device that NVML hides, tells its memory to a CUDA
+    context alone, which is then made.
     """
     found = []
     for number, bus_id in enumerate(_look()[0]):
@@ -35,6 +35,28 @@ def devices() -> list[DeviceInfo]:
 def why_no_devices() -> str:
     """ "" if there are any; else the reason in words."""
     return _look()[1]
+
+
+def software() -> dict[str, str]:
+    """What stands between arrays and devices, "" for what is not there.
+
+    "cupy"; "cuda", for which it was built; "driver", the newest CUDA that the driver runs; "nvml", the driver's own
+    version; "nvrtc"; and "cupy problem", "nvrtc problem": why there is none.  Does not raise; imports CuPy.
+    """
+    found = dict.fromkeys(("cupy", "cuda", "driver", "nvrtc", "cupy problem", "nvrtc problem"), "")
+    found["nvml"] = nvml.driver_version()
+    try:
+        from gpusaver.device import cuda_info
+
+        found |= cuda_info.versions()
+    except Exception as error:  # CuPy raises what it likes if a library does not fit
+        found["cupy problem"] = str(error)
+        return found
+    try:
+        found["nvrtc"] = cuda_info.nvrtc_version()
+    except Exception as error:
+        found["nvrtc problem"] = str(error)
+    return found
 
 
 def link_rate(name: str) -> float:

@@ -80,6 +80,11 @@ def describe(name: str, pci_bus_id: str) -> DeviceInfo:
     )
 
 
+def driver_version() -> str:
+    """As ``nvidia-smi`` prints it; "" where there is no NVML."""
+    return _ask(lambda: _text(_nvml().nvmlSystemGetDriverVersion()), "")
+
+
 def bind_thread(cpus: frozenset[int]) -> None:
     """Keeps the calling thread on those of ``cpus`` that it may use; does nothing if there are none or the system has
     no such call (macOS)."""

@@ -30,7 +30,8 @@ from gpusaver.manager.policy import Checkpoint, Managed, Mode, Policy
 from gpusaver.manager.progress import Progress, SaveProgress, bar
 from gpusaver.manager.signals import SignalFlag
 from gpusaver.pending import PendingSave, close_on_exit, ended_if_interrupted
-from gpusaver.saver import Saver, SaveRequest, WhenBusy
+from gpusaver.saver import Saver
+from gpusaver.saving import SaveRequest, WhenBusy
 from gpusaver.storage.base import Lock, Storage
 
 WhenDiskFull = Literal["raise", "continue", "make_room"]
@@ -107,6 +108,11 @@ class CheckpointManager:
         self._when_disk_full = when_disk_full
         self._clock = clock
         self._saver = var_list if isinstance(var_list, Saver) else Saver(var_list, storage=storage, clock=clock)
+        if self._saver.is_collective:
+            raise ValueError(
+                "a CheckpointManager decides by its own clock and disk, which ranks do not share: it takes no "
+                "Saver with comm; call its save on every rank"
+            )
         self._storage = self._saver.storage
         self._memory = Memory(self.directory, checkpoint_name, self._storage)
         #: Changed by the saving thread under this lock; replaced, never changed, so it may be read without.

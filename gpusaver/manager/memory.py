@@ -54,7 +54,7 @@ class Memory:
         ``last_preserved``: if neither file knows.
         """
         content = self._read()
-        remembered = {c.name: c for c in map(self._checkpoint, _rows(content, "checkpoints")) if c is not None}
+        remembered = {c.name: c for c in self._noted(content)}
         found = {name: c for name, c in remembered.items() if self._exists(name)}
         listed, preserved = self._listed()
         checkpoints = [replace(c, time=min(c.time, now)) for c in found.values()]
@@ -66,6 +66,13 @@ class Memory:
         kept = {c.name for c in checkpoints}
         doomed = [name for name in _rows(content, "doomed") if self._is_ours(name) and name not in kept]
         return Managed(tuple(checkpoints), min(remembered_preserved, now), tuple(filter(self._exists, doomed)))
+
+    def noted(self) -> list[Checkpoint]:
+        """What the file alone says of the checkpoints of this name, whether or not they are still there."""
+        return self._noted(self._read())
+
+    def _noted(self, content: dict[str, Any]) -> list[Checkpoint]:
+        return [c for c in map(self._checkpoint, _rows(content, "checkpoints")) if c is not None]
 
     def save(self, managed: Managed) -> None:
         """Atomically and durably.  Requires: the lock of the file is held."""

@@ -1,14 +1,17 @@
 """From tensors that are wanted to ranges of bytes that are read, and back together.
 
 Most tensors are one range, read straight into their array.  Tensors stored in slices are read slice by slice into
-views of the array.  What does not lie in the file as it is wanted is read into host memory first: strings, slices of
-which only a part is wanted, and big-endian bundles.
+views of the array.  Of a large stored slice only what is wanted is read, as runs of bytes
+(:mod:`gpusaver.bundle.runs`); its checksum is compared if the runs of all who read make it up (or before, with
+``verify_first``).  What does not lie in the file as it is wanted is read into host memory first: strings, small slices
+of which only a part is wanted, and big-endian bundles.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,6 +22,7 @@ from gpusaver.bundle.crc import unmask
 from gpusaver.bundle.entry import Entry, Ranges
 from gpusaver.bundle.filenames import data_path
 from gpusaver.bundle.index import BundleIndex
+from gpusaver.bundle.runs import Run, runs, widened
 from gpusaver.bundle.slices import check_tiling, intersect, slice_key
 from gpusaver.bundle.strings import decode_strings
 from gpusaver.device import HOST, Runtime, Transfer
@@ -33,6 +37,17 @@ from gpusaver.tensor import DataType, TensorSlice, TensorSpec
 _MAX_CLAIMS = 64
 
 
+#: Stored slices up to this size are read and verified whole, whatever is wanted of them; larger ones too if this share
+#: of their bytes is.
+_SMALL_NBYTES = 1 << 20
+_MOST = 0.9
+
+#: Between the runs of a part: less than this, a page, is read through.
+_RUN_GAP = 4096
+#: Each costs some 20 us.
+_MAX_RUNS = 1 << 16
+
+
 class Target(NamedTuple):
     """Where a tensor, or the wanted part of one, goes: an array of its shape, and the runtime that writes it.
 
@@ -43,6 +58,15 @@ class Target(NamedTuple):
     runtime: Runtime
     array: Any
     in_place: bool
+
+
+class PartlyRead(NamedTuple):
+    """A stored slice of which only some runs were read.  ``where``: its data file."""
+
+    name: str
+    where: str
+    entry: Entry
+    runs: list[Run]
 
 
 class Assembly:
@@ -58,12 +82,21 @@ class Assembly:
         # Stored tensors and slices that are read into memory of our own, however many targets take a part of them.
         self._memory: dict[Entry, Any] = {}
         self._reads = Reads()
+        # Of stored slices that are read in part, those parts; and by slice the name, the rows, and where each begins.
+        self._part_reads = Reads()
+        self._partly_read: dict[Entry, tuple[str, list[tuple[int, int]]]] = {}
+        #: After :meth:`run`: slices whose checksums have not been compared.
+        self.partly_read: list[PartlyRead] = []
+        #: Of the tensors and parts that are wanted; and, after :meth:`run`, of all reads.
+        self.needed_nbytes = 0
+        self.read_nbytes = 0
         self._string_reads = Reads()
         self._decode: list[Callable[[], None]] = []
         self._finish: list[Callable[[], None]] = []
 
     def add_tensor(self, key: bytes, entry: Entry, target: Target, wanted: TensorSlice | None = None) -> None:
         """``wanted``: the part of the stored tensor that the target takes (None: all of it)."""
+        self.needed_nbytes += math.prod(target.array.shape) * entry.spec.dtype.itemsize
         if not entry.slices:
             self._add_stored(entry, target, wanted, TensorSlice.full(len(entry.spec.shape)), entry.spec.shape)
             return
@@ -82,10 +115,11 @@ class Assembly:
     @property
     def nbytes(self) -> int:
         """Stored bytes that are read, each once."""
-        return sum(int(reads.ranges.nbytes.sum()) for reads in (self._reads, self._string_reads))
+        return sum(int(reads.ranges.nbytes.sum()) for reads in (self._reads, self._part_reads, self._string_reads))
 
     def add_plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
         """Whole tensors, stored as they lie in these NumPy arrays of the user."""
+        self.needed_nbytes += int(ranges.nbytes.sum())
         self._reads.add_plain(names, arrays, ranges)
 
     def _stored_slice(self, key: bytes, entry: Entry, part: TensorSlice) -> Entry:
@@ -106,6 +140,8 @@ class Assembly:
         if wanted is None and not swap:
             self._reads.add(entry, target.runtime, target.array, target.name, in_place=target.in_place)
             return
+        if wanted is not None and not swap and self._add_runs(entry, target, wanted, part, shape):
+            return
         memory = self._memory.get(entry)
         if memory is None:
             self._claim(entry, target.name)
@@ -116,11 +152,40 @@ class Assembly:
         inside = ... if wanted is None else _relative(wanted, part, shape)
         self._finish.append(lambda: upload(target, memory[inside]))
 
+    def _add_runs(
+        self, entry: Entry, target: Target, wanted: TensorSlice, part: TensorSlice, shape: tuple[int, ...]
+    ) -> bool:
+        """Reads only what is wanted of an entry.  False if all of it had better be read."""
+        stored, itemsize = entry.spec.shape, entry.spec.dtype.itemsize
+        inside = _relative(wanted, part, shape)
+        box = tuple((index.start, index.stop - index.start) for index in inside)
+        wide = widened(box, stored, itemsize, max_gap=_RUN_GAP, max_runs=_MAX_RUNS)
+        nbytes = itemsize * math.prod(length for _, length in wide)
+        if entry.nbytes <= _SMALL_NBYTES or nbytes >= _MOST * entry.nbytes:
+            return False
+        rows = self._partly_read.setdefault(entry, (target.name, []))[1]
+        place = target
+        if wide != box:
+            self._claim(entry, target.name)
+            memory = np.empty([length for _, length in wide], entry.spec.dtype.numpy_dtype)
+            place = Target(target.name, HOST, memory, in_place=False)
+            pairs = zip(box, wide, strict=True)
+            index = tuple(slice(start - base, start - base + length) for (start, length), (base, _) in pairs)
+            self._finish.append(lambda: upload(target, memory[index]))
+        for run, offset, run_nbytes in runs(wide, stored, itemsize):
+            piece = entry._replace(offset=entry.offset + offset, nbytes=run_nbytes)
+            rows.append((len(self._part_reads), offset))
+            self._part_reads.add(
+                piece, place.runtime, place.array[(*run, ...)], place.name, in_place=place.in_place, checked=False
+            )
+        return True
+
     def add_strings(self, name: str, entry: Entry, deliver: Callable[[list[bytes]], None]) -> None:
         """``deliver`` gets the elements of a string tensor, row-major, once everything has been verified."""
         if entry.slices:
             raise UnimplementedError(f"tensor {name}: string tensors stored in slices cannot be put together")
         self._claim(entry, name)
+        self.needed_nbytes += entry.nbytes
         memory = np.empty(entry.nbytes, np.uint8)
         self._string_reads.add(entry, HOST, memory, name, in_place=False, checked=False)
         count, big_endian = entry.spec.num_elements, self._index.big_endian
@@ -140,9 +205,16 @@ class Assembly:
         targets already touched), OutOfRangeError and NotFoundError for data files that are short or missing.
         """
         files: dict[int, ReadableFile] = {}
-        all_reads = (self._string_reads, self._reads)
+        whole = self._whole_entries() if verify_first else Reads()
+        all_reads = (self._string_reads, self._reads, self._part_reads, whole)
+
+        def read(reads: Reads, *, keep: bool = True, max_gap: int | None = None) -> dict[int, int]:
+            result = read_entries(reads, files, slots, threads, describe=self._data_path, keep=keep, max_gap=max_gap)
+            self.read_nbytes += result.nbytes
+            return result.checksums
+
         with contextlib.ExitStack() as stack:
-            for shard in sorted({*all_reads[0].shards, *all_reads[1].shards}):
+            for shard in sorted({shard for reads in all_reads for shard in reads.shards}):
                 files[shard] = self._storage.open(self._data_path(shard))
                 stack.callback(files[shard].close)
                 self._sizes[shard] = files[shard].size
@@ -152,13 +224,32 @@ class Assembly:
                 self._check_lengths(reads)
             if self._string_reads:
                 # They go into memory of our own and show their damage when decoded: then nothing has been changed yet.
-                read_entries(self._string_reads, files, slots, threads, describe=self._data_path)
+                read(self._string_reads)
                 for decode in self._decode:
                     decode()
-            for keep in (False, True) if verify_first else (True,):
-                read_entries(self._reads, files, slots, threads, describe=self._data_path, keep=keep)
+            if verify_first:
+                read(self._reads, keep=False)
+                read(whole, keep=False)
+            read(self._reads)
+            checksums = read(self._part_reads, max_gap=_RUN_GAP)
+        if not verify_first:
+            self.partly_read = [
+                PartlyRead(name, self._data_path(entry.shard), entry, self._runs(rows, checksums))
+                for entry, (name, rows) in self._partly_read.items()
+            ]
         for finish in self._finish:
             finish()
+
+    def _runs(self, rows: Sequence[tuple[int, int]], checksums: dict[int, int]) -> list[Run]:
+        nbytes = self._part_reads.ranges.nbytes
+        return [Run(start, int(nbytes[row]), checksums[row]) for row, start in rows if row in checksums]
+
+    def _whole_entries(self) -> Reads:
+        """Those of which only parts are read, to be verified."""
+        whole = Reads()
+        for entry, (name, _) in self._partly_read.items():
+            whole.add(entry, HOST, np.empty(0), name, in_place=False)
+        return whole
 
     def _data_path(self, shard: int) -> str:
         return data_path(self._prefix, shard, self._index.num_shards)

@@ -20,9 +20,15 @@ from gpusaver.tensor import DataType
 
 
 def bundle_problems(
-    index: BundleIndex, open_shard: Callable[[int], ReadableFile], describe: Callable[[int], str], *, checksums: bool
+    index: BundleIndex,
+    open_shard: Callable[[int], ReadableFile],
+    describe: Callable[[int], str],
+    *,
+    checksums: bool,
+    some_slices: bool = False,
 ) -> Iterator[str]:
-    """One line per problem, naming file and tensor.  ``describe(shard)`` is the name of a data file.
+    """One line per problem, naming file and tensor.  ``describe(shard)`` is the name of a data file; ``some_slices``:
+    see :func:`gpusaver.bundle.verify.structure_problems`.
 
     Without ``checksums`` no data is read, only the sizes of the files.  Raises DataLossError or UnimplementedError if
     the index itself cannot be read.
@@ -39,7 +45,7 @@ def bundle_problems(
                 continue
             stack.callback(files[shard].close)
         sizes = {shard: file.size for shard, file in files.items()}
-        for problem in structure_problems(index, sizes):
+        for problem in structure_problems(index, sizes, some_slices=some_slices):
             yield f"{index.name}: {problem}"
         if checksums:
             yield from _checksum_problems(index, files, describe)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.bundle.crc import mask
 from gpusaver.bundle.index import Entry, IndexTemplate
 from gpusaver.bundle.layout import PAGE, Layout, plan_layout
@@ -156,6 +157,7 @@ class Save:
         return self.plan.runtimes
 
 
+@collector_paused()
 def plan_save(
     leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None, frozen: frozenset[str] = frozenset()
 ) -> Save:
@@ -278,11 +280,12 @@ def _identity(runtime: Runtime, array: Any, own_memory: bool) -> Any:
     """Equal for arrays that are the same bytes: tied variables are stored once.
 
     NumPy arrays that own their memory are the same bytes only if they are the same object, which is cheaper to see.
+    Empty arrays have none in common, whatever their address: on a device it is 0.
     """
+    if own_memory or array.nbytes == 0:
+        return id(array)
     if runtime is not HOST:
         return (array.data.ptr, array.shape, array.strides, array.dtype, runtime)
-    if own_memory:
-        return id(array)
     return (address(array), array.shape, array.strides, array.dtype)
 
 
@@ -300,12 +303,10 @@ def _make_plan(
     items: list[Item] = []
     parts: dict[bytes, list[tuple[Leaf, TensorSpec]]] = {}
     for leaf, (name, spec, tensor, _, size, part, full_shape, _, _) in zip(leaves, rows, strict=True):
-        key = name.encode("utf-8", "surrogateescape")
         nbytes[tensor], shards[tensor] = size, shard_numbers[places[tensor]]
         if part is not None and full_shape is not None and not part.is_whole(full_shape):
-            parts.setdefault(key, []).append((leaf, spec))
-            key = slice_key(key, part)
-        items.append(Item(key, spec, tensor))
+            parts.setdefault(name.encode("utf-8", "surrogateescape"), []).append((leaf, spec))
+        items.append(Item(stored_key(leaf), spec, tensor))
     partitioned = [(key, _partitioned_entry(key, members)) for key, members in parts.items()]
     if partitioned:
         items.sort(key=lambda item: item.key)
@@ -329,6 +330,12 @@ def _make_plan(
     )
 
 
+def stored_key(leaf: Leaf) -> bytes:
+    """The key of the leaf's bytes: the name, or that of a part under it."""
+    key, part = leaf.name.encode("utf-8", "surrogateescape"), leaf.part
+    return key if part is None or part.slice.is_whole(part.full_shape) else slice_key(key, part.slice)
+
+
 def _devices_first(runtime: Runtime) -> tuple[bool, str]:
     return (runtime is HOST, runtime.name)
 
@@ -349,6 +356,8 @@ def _partitioned_entry(key: bytes, members: Sequence[tuple[Leaf, TensorSpec]]) -
 
 def _check_no_overlap(key: bytes, full_shape: tuple[int, ...], slices: Sequence[Any]) -> None:
     """Some parts of a tensor may be saved alone, but no element twice."""
+    if len(slices) == 1:
+        return
     try:
         check_tiling(key, full_shape, slices)
     except InternalError as error:

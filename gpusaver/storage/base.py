@@ -7,8 +7,6 @@ be used from any thread; a file object too, unless :attr:`WritableFile.ordered` 
 from __future__ import annotations
 
 import os
-import secrets
-import socket
 import zlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
@@ -143,7 +141,7 @@ class Storage(Protocol):
 
 def new_token() -> str:
     """For the name of a temporary file: 16 hex digits, the first four of which stand for this host."""
-    return f"{_host_digits()}{secrets.token_hex(6)}"
+    return f"{_host_digits()}{os.urandom(6).hex()}"
 
 
 def is_token_of_this_host(token: str) -> bool:
@@ -151,8 +149,13 @@ def is_token_of_this_host(token: str) -> bool:
     return token.startswith(_host_digits())
 
 
+def host_name() -> str:
+    """What ``socket.gethostname`` says; loading ``socket`` is left out of ``import gpusaver``."""
+    return os.uname().nodename
+
+
 def _host_digits() -> str:
-    return f"{zlib.crc32(socket.gethostname().encode()) & 0xFFFF:04x}"
+    return f"{zlib.crc32(host_name().encode()) & 0xFFFF:04x}"
 
 
 def read_bytes(

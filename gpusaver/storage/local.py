@@ -28,10 +28,11 @@ _MAX_BYTES = 0x7FFFF000
 
 #: Where writing around the page cache was measured to be at least as fast as through it.  On network and parallel
 #: file systems (NFS, Lustre) it is slower; tmpfs has no such thing.
-_DIRECT_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "f2fs"})
+DIRECT_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "f2fs"})
 
 #: What file systems without reservation answer (FUSE, some network file systems); then ENOSPC shows when writing.
 _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
 
 #: What says that there is no such file; any other error leaves that open.
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
@@ -191,7 +192,7 @@ class LocalStorage:
             device = os.stat(directory).st_dev
         with self._lock:
             if device not in self._direct:
-                self._direct[device] = _file_system(device) in _DIRECT_FILE_SYSTEMS and _direct_works(directory)
+                self._direct[device] = file_system(device) in DIRECT_FILE_SYSTEMS and _direct_works(directory)
             return self._direct[device]
 
     def open(self, path: str, *, uncached: bool = False) -> LocalReadableFile:
@@ -336,7 +337,7 @@ def _full_sync(fd: int) -> None:
     os.fsync(fd)
 
 
-def _file_system(device: int) -> str:
+def file_system(device: int) -> str:
     """Type of the mounted file system with this device number, as Linux names it; "" if unknown."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:

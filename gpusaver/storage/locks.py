@@ -18,12 +18,12 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import stat
 import threading
 import time
 
 from gpusaver.errors import FailedPreconditionError
+from gpusaver.storage.base import host_name
 
 #: What file systems without locks answer.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -131,7 +131,7 @@ def _has_name(status: os.stat_result, path: str) -> bool:
 
 def _write_record(fd: int) -> None:
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode()
+    record = json.dumps({"pid": os.getpid(), "host": host_name(), "since": since}).encode()
     with contextlib.suppress(OSError):  # on a full disk the lock serves without a record
         os.ftruncate(fd, 0)
         os.pwrite(fd, record, 0)
@@ -143,7 +143,7 @@ def _owner(fd: int) -> str:
         pid, host, since = int(record["pid"]), str(record["host"]), str(record["since"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return "another process, which left no record"
-    this = ", this one," if (pid, host) == (os.getpid(), socket.gethostname()) else ""
+    this = ", this one," if (pid, host) == (os.getpid(), host_name()) else ""
     return f"process {pid}{this} on host {host} since {since}"
 
 

@@ -210,3 +210,37 @@ def test_a_thread_is_bound_to_the_cpus_it_may_use():
         thread.join()
         assert found == [expected]
     assert os.sched_getaffinity(0) == allowed
+
+
+def test_the_software_between_arrays_and_devices(sim, fake_nvml, monkeypatch):
+    import cupy
+
+    fake_nvml(nvmlSystemGetDriverVersion=lambda: b"590.48.01")
+    monkeypatch.setattr(cupy, "__version__", "14.2.0", raising=False)
+    versions = {"runtimeGetVersion": lambda: 13000, "driverGetVersion": lambda: 13010}
+    for name, answer in versions.items():
+        monkeypatch.setattr(cupy.cuda.runtime, name, answer, raising=False)
+    nvrtc = types.SimpleNamespace(getVersion=lambda: (13, 0))
+    monkeypatch.setattr(cupy.cuda, "nvrtc", nvrtc, raising=False)
+    assert inventory.software() == {
+        "cupy": "14.2.0",
+        "cuda": "13.0",
+        "driver": "13.1",
+        "nvml": "590.48.01",
+        "nvrtc": "13.0",
+        "cupy problem": "",
+        "nvrtc problem": "",
+    }
+    monkeypatch.setattr(nvrtc, "getVersion", _raising(RuntimeError("no libnvrtc.so.13")))
+    monkeypatch.setattr(cupy.cuda.runtime, "driverGetVersion", _raising(RuntimeError("no driver")))
+    found = inventory.software()
+    assert (found["nvrtc"], found["nvrtc problem"], found["driver"]) == ("", "no libnvrtc.so.13", "")
+
+
+def test_the_software_of_a_machine_without_any(fake_nvml, monkeypatch):
+    fake_nvml(nvmlInit=RuntimeError("no driver"))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.delitem(sys.modules, "gpusaver.device.cuda_info", raising=False)
+    found = inventory.software()
+    assert found.pop("cupy problem").startswith("import of cupy halted")
+    assert set(found.values()) == {""}

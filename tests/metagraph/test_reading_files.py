@@ -177,7 +177,7 @@ def test_an_assignment_of_something_else_is_no_restore() -> None:
         ("save/Identity", {"input": ["save/RestoreV2:7"]}, "no tensor 7"),
         ("save/RestoreV2", {"input": ["save/Const"]}, "no tensor 0"),
         ("save/RestoreV2", {"input": ["save/Const", "gone", "gone"]}, "'gone'"),
-        ("save/RestoreV2/tensor_names", {"value": zeros_proto(DataType.int64, (1 << 40,))}, "by np.int64"),
+        ("save/RestoreV2/tensor_names", {"value": zeros_proto(DataType.int64, (1 << 40,))}, r"by (np.int64\()?0"),
         ("save/RestoreV2/tensor_names", {"value": zeros_proto(DataType.resource, ())}, "no tensor 0"),
         ("save/RestoreV2/shape_and_slices", {"value": "3 x"}, "cannot parse slice"),
         ("save/RestoreV2/shape_and_slices", {"value": "three 0,1"}, "no slice"),

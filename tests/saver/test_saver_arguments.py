@@ -92,7 +92,7 @@ def test_a_step_in_a_variable(value: Any, tmp_path: Path) -> None:
         step = gpusaver.Variable(value, name="step")
         with gpusaver.Saver() as saver:
             assert saver.save(tmp_path / "k", step) == f"{tmp_path}/k-7"
-            step.assign(step.value + 1)
+            step.assign(np.add(step.value, 1, dtype=step.value.dtype))
             assert saver.save(tmp_path / "k", step) == f"{tmp_path}/k-8"
             with pytest.raises(TypeError, match="global_step"):
                 saver.save(tmp_path / "k", gpusaver.Variable(1.0))

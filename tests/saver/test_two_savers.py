@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +180,7 @@ def test_the_token_names_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(token) == 16
     assert int(token, 16) >= 0
     assert base.is_token_of_this_host(token)
-    monkeypatch.setattr(socket, "gethostname", lambda: "quite another")
+    monkeypatch.setattr(base, "host_name", lambda: "quite another")
     assert not base.is_token_of_this_host(token)
 
 

@@ -19,11 +19,11 @@ from gpusaver.compat.v1.ops.state import slot_key
 from gpusaver.compat.v1.saveables import all_saveables, saveables_of
 from gpusaver.compat.v1.session import BaseSession
 from gpusaver.errors import FailedPreconditionError
+from gpusaver.exporting import MetaContent
 from gpusaver.metagraph.reading import saved_variables
 from gpusaver.metagraph.rewriting import encoded, with_scope, without_scope
 from gpusaver.metagraph.saver_nodes import Saveable, saver_nodes
 from gpusaver.pending import PendingSave
-from gpusaver.pipeline.commit import FileVersion
 from gpusaver.protos import MetaGraphDef, SaverDef
 from gpusaver.protos.convert import adopt
 from gpusaver.reader import CheckpointReader
@@ -36,10 +36,8 @@ from gpusaver.tensor import DataType
 clock = time.time
 
 
-class _Content:
-    """What the native Saver writes into a `.meta` file, as :class:`gpusaver.exporting.Description` tells it."""
-
-    written: FileVersion | None = None
+class _Content(MetaContent):
+    """What the native Saver writes into a `.meta` file."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -56,7 +54,7 @@ class _NativeSaver(gpusaver.Saver):
     def __init__(self, var_list: Any, saver_def: SaverDef, **options: Any) -> None:
         super().__init__(var_list, max_to_keep=None, clock=lambda: clock(), **options)
         hours = saver_def.keep_checkpoint_every_n_hours
-        self._retention = Retention(saver_def.max_to_keep, hours, self._clock(), like_tensorflow=True)
+        self._list.retention = Retention(saver_def.max_to_keep, hours, clock(), like_tensorflow=True)
 
     def _describe(self, leaves: Any, plan: Any) -> Any:
         return self.meta_graph

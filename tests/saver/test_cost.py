@@ -1,0 +1,95 @@
+"""What saves and restores cost in calls, which noise cannot shake: of the system, and of Python functions a tensor.
+
+A number here may go down; if one must go up, docs/performance.md says what it bought.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpusaver
+
+sys.path.append(str(Path(__file__).parent.parent / "faults"))
+from system_calls import Call, intercepted
+
+
+def state_of(count: int) -> dict[str, Any]:
+    return {f"w{number:05d}": np.full(100 + number % 7, number, np.float32) for number in range(count)}
+
+
+def system_calls(directory: Path, run: Callable[[], object]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def hook(call: Call, perform: Callable[[], Any]) -> Any:
+        with lock:
+            counts[f"{call.name} directory" if call.is_directory else call.name] += 1
+        return perform()
+
+    with intercepted(directory, hook):
+        run()
+    return counts
+
+
+def python_calls(run: Callable[[], object]) -> int:
+    """Of Python functions and of C functions called from Python, in all threads."""
+    count = 0
+
+    def note(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+    return count
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_system_calls_do_not_grow_with_the_tensors(tmp_path: Path, count: int) -> None:
+    with gpusaver.Saver(state_of(count), direct_io=False, max_to_keep=2) as saver:
+        for step in range(3):
+            saver.save(tmp_path / "k", step)
+        saved = system_calls(tmp_path, lambda: saver.save(tmp_path / "k", 3))
+        restored = system_calls(tmp_path, lambda: saver.restore(tmp_path / "k-3"))
+    assert saved["pwritev"] == 3, saved  # data, index, state file; the `.meta` file is a link
+    assert saved["fsync"] == 3, saved
+    assert saved["fsync directory"] == 3, saved  # data renamed; index renamed; state file renamed
+    assert saved["replace"] == 4, saved
+    assert sum(saved.values()) <= 64, saved
+    assert restored["preadv"] <= 3, restored
+    assert sum(restored.values()) <= 14, restored
+
+
+@pytest.mark.parametrize(
+    ("direct_io", "saves", "restores"), [(False, 16, 10), (True, 9, 10)], ids=["page cache", "O_DIRECT"]
+)
+def test_calls_of_python_for_each_tensor(tmp_path: Path, direct_io: bool, saves: int, restores: int) -> None:
+    """From the second save on: the plan is there, and most is done by columns."""
+    found = []
+    for count in (1000, 3000):
+        with gpusaver.Saver(state_of(count), direct_io=direct_io) as saver:
+            for _ in range(2):
+                saver.save(os.path.join(tmp_path, str(count)))
+            found.append(
+                (
+                    python_calls(lambda s=saver, n=count: s.save(os.path.join(tmp_path, str(n)))),
+                    python_calls(lambda s=saver, n=count: s.restore(os.path.join(tmp_path, str(n)))),
+                )
+            )
+    per_tensor = [(after - before) / 2000 for before, after in zip(*found, strict=True)]
+    assert per_tensor[0] <= saves, per_tensor
+    assert per_tensor[1] <= restores, per_tensor
