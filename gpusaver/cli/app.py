@@ -24,6 +24,7 @@ from gpusaver import __version__
 from gpusaver.cli import changing, checking, looking, machine, tracing
 from gpusaver.cli.screen import complain, flush
 from gpusaver.errors import Error
+from gpusaver.storage.routing import UrlError
 
 ERROR, MISSING_EXTRA, INTERRUPTED, BROKEN_PIPE = 3, 4, 130, 141
 
@@ -48,7 +49,7 @@ class _Group(click.Group):
             raise _Failure(BROKEN_PIPE, "") from error
         except ModuleNotFoundError as error:
             raise _Failure(MISSING_EXTRA, str(error)) from error
-        except (Error, OSError, MemoryError) as error:
+        except (Error, UrlError, OSError, MemoryError) as error:
             raise _Failure(ERROR, str(error) or "not enough memory") from error
 
 

@@ -15,33 +15,37 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)(.*)", re.DOTALL)
 _LOST_SLASH = re.compile(rf"({'|'.join(_SCHEMES)}):/[^/]")
 
 
-def check_url(path: str) -> None:
-    """ValueError for a URL that holds, or could hold, credentials, or that is none of ours; without repeating it.
+class UrlError(ValueError):
+    """A path that begins like a URL and cannot be one.
 
-    Not one of our errors: those are logged here and there, with the path.
+    Not a :class:`gpusaver.errors.Error`: those are logged here and there, with the path, which may hold a secret.
     """
+
+
+def check_url(path: str) -> None:
+    """UrlError for a URL that holds, or could hold, credentials, without repeating it, or that is none of ours."""
     match = _URL.match(path)
     if match is None:
         if _LOST_SLASH.match(path):
-            raise ValueError(f"{path}: a URL has two slashes; pathlib takes one away, so pass a str")
+            raise UrlError(f"{path}: a URL has two slashes; pathlib takes one away, so pass a str")
         return
     scheme, place, key = match.groups()
     if "@" in place or ":" in place or "?" in path or "#" in path:
-        raise ValueError(
+        raise UrlError(
             f"{scheme}://...: user, password, query and fragment have no place in the URL of a checkpoint: credentials "
             "come from the environment, files and services that obstore knows, e.g. AWS_ACCESS_KEY_ID"
         )
     if scheme == "file":
         if place not in ("", "localhost") or not key:
-            raise ValueError(f"{path}: expected file:///directory/model.ckpt")
+            raise UrlError(f"{path}: expected file:///directory/model.ckpt")
     elif scheme not in _SCHEMES:
-        raise ValueError(f"{path}: expected {', '.join(f'{name}://' for name in (*_SCHEMES, 'file'))} or a path")
+        raise UrlError(f"{path}: expected {', '.join(f'{name}://' for name in (*_SCHEMES, 'file'))} or a path")
     elif not place:
-        raise ValueError(f"{path}: expected {scheme}://<bucket or container>/model.ckpt")
+        raise UrlError(f"{path}: expected {scheme}://<bucket or container>/model.ckpt")
 
 
 class RoutedStorage:
-    """See :class:`gpusaver.storage.base.Storage`.  Raises ValueError for URLs that :func:`check_url` refuses."""
+    """See :class:`gpusaver.storage.base.Storage`.  Raises UrlError for URLs that :func:`check_url` refuses."""
 
     def __init__(self) -> None:
         self._local = LocalStorage()
@@ -60,7 +64,7 @@ class RoutedStorage:
             return self._local, key
         root = f"{scheme}://{place}"
         if not (key or is_directory):
-            raise ValueError(f"{path} is a whole bucket or container; expected {root}/model.ckpt")
+            raise UrlError(f"{path} is a whole bucket or container; expected {root}/model.ckpt")
         if root not in self._stores:
             self._stores[root] = _object_storage(root)
         return self._stores[root], path

@@ -15,16 +15,19 @@ import gpusaver
 SCRIPT = Path(__file__).with_name("rank_script.py")
 
 
-@pytest.fixture
-def prefix(tmp_path: Path) -> str:
+@pytest.fixture(params=["disk", "s3"])
+def prefix(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     """Where the ranks save; any prefix that all of them reach."""
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return "s3://bucket/ranks/model.ckpt"
+    (tmp_path / "run").mkdir()
     return f"{tmp_path}/run/model.ckpt"
 
 
 @needs_mpiexec
 def test_two_three_and_four_save_and_one_to_four_restore(prefix: str) -> None:
     prefixes = [f"{prefix}-{count}" for count in (1, 2, 3, 4)]
-    Path(prefix).parent.mkdir()
     gpusaver.save(prefixes[0], dict(tensors(2)))
     for count in (2, 3, 4):
         mpiexec(count, SCRIPT, "save", prefixes[count - 1])

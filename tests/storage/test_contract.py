@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import s3_server
 
 from gpusaver.bundle import filenames
 from gpusaver.device.host import allocate_pages
@@ -425,6 +426,26 @@ class TestS3(TestMemory):
     @pytest.fixture
     def directory(self, s3: str) -> str:
         return f"s3://bucket/contract/{os.getpid()}-{next(self._numbers)}"
+
+
+class TestMoto(TestMemory):
+    """Another S3 server, in this process; where it is installed (``moto[server]``)."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def endpoint(cls) -> Iterator[str]:
+        server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        s3_server.request("PUT", f"http://{host}:{port}/bucket")
+        yield f"http://{host}:{port}"
+        server.stop()
+
+    @pytest.fixture
+    def directory(self, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        for name, value in s3_server.environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        return f"s3://bucket/contract/{next(self._numbers)}"
 
 
 class TestObstoreFiles(TestMemory):
