@@ -22,10 +22,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Literal, cast
 
-import numpy as np
 import obstore
 from obstore import exceptions
 from obstore.store import MemoryStore, from_url
@@ -33,7 +32,6 @@ from obstore.store import MemoryStore, from_url
 from gpusaver.errors import (
     Error,
     FailedPreconditionError,
-    InternalError,
     InvalidArgumentError,
     NotFoundError,
     OutOfRangeError,
@@ -42,11 +40,9 @@ from gpusaver.errors import (
     UnknownError,
 )
 from gpusaver.storage.base import LOCK_SECONDS, LOCK_SUFFIX, TEMPORARY_SUFFIX, ChangedError, new_token
-from gpusaver.storage.upload import Upload
-from gpusaver.tensor import Buffer
+from gpusaver.storage.object_files import PART_NBYTES, KeptFile, ReadableMemory, ReadableObject, UploadedFile
 
-#: Parts of a multipart put: S3 takes 10,000, of at least 5 MiB and at most 5 GiB.
-PART_NBYTES = 8 << 20
+#: Parts of a multipart put: S3 takes so many, of at least 5 MiB and at most 5 GiB.
 MAX_PARTS = 10_000
 #: Of parts under way, for each file that is being written.
 _IN_FLIGHT_NBYTES = 64 << 20
@@ -120,157 +116,6 @@ class VersionLock:
 
     def release(self) -> None:
         self._forget(self)
-
-
-class KeptFile:
-    """A small file in memory, until :meth:`ObjectStorage.replace` puts it."""
-
-    alignment = 1
-    ordered = False
-
-    def __init__(self, nbytes: int, forget: Callable[[], None]) -> None:
-        self.content = bytearray(nbytes)
-        self.target: str | None = None
-        self._forget = forget
-
-    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        for buffer in buffers:
-            self.content[offset : offset + buffer.nbytes] = _octets(buffer)
-            offset += buffer.nbytes
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def abort(self) -> None:
-        self._forget()
-
-
-class UploadedFile:
-    """An object under way to its key, which is claimed.  See :class:`gpusaver.storage.base.WritableFile`."""
-
-    alignment = 1
-    ordered = True
-
-    def __init__(self, storage: ObjectStorage, path: str, target: str, nbytes: int) -> None:
-        self.target = target
-        self._storage = storage
-        self._path = path
-        self._nbytes = nbytes
-        self._position = 0
-        self._parts: list[bytes] = []
-        self._upload: Upload | None = None
-        self._state: Literal["open", "complete", "gone"] = "open"
-        storage.claim(target)
-        if nbytes > PART_NBYTES:
-            self._upload = Upload(lambda parts: storage.put_parts(target, parts, nbytes))
-
-    @classmethod
-    def copied(cls, storage: ObjectStorage, source: str, path: str, target: str) -> UploadedFile:
-        """One that is complete: the server has copied ``source``."""
-        file = cls(storage, path, target, 0)
-        try:
-            storage.copy(source, target)
-        except BaseException:
-            file.abort()
-            raise
-        file._state = "complete"
-        return file
-
-    def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        if self._state != "open" or offset < self._position:
-            raise InternalError(f"{self.target}: offset {offset} after byte {self._position}, or after sync()")
-        self._fill_up_to(offset)
-        self._add(b"".join(map(_octets, buffers)))
-
-    def _fill_up_to(self, offset: int) -> None:
-        while self._position < offset:
-            self._add(bytes(min(offset - self._position, PART_NBYTES)))
-
-    def _add(self, part: bytes) -> None:
-        self._position += len(part)
-        if self._upload is None:
-            self._parts.append(part)
-        elif part:
-            self._upload.add(part)
-
-    def sync(self) -> None:
-        if self._state != "open":
-            return
-        self._fill_up_to(self._nbytes)
-        if self._upload is not None:
-            self._upload.finish()
-        else:
-            self._storage.put(self.target, b"".join(self._parts), "overwrite")
-            self._parts.clear()
-        self._state = "complete"
-
-    def close(self) -> None:
-        self.sync()
-
-    def abort(self) -> None:
-        if self._state == "gone":
-            return
-        self.keep()
-        if self._upload is not None:
-            self._upload.abandon()
-        with contextlib.suppress(Error):
-            self._storage.remove(self.target)
-
-    def keep(self) -> None:
-        """It has its name: from now on the object is nobody's to take back."""
-        self._state = "gone"
-        self._storage.forget(self._path)
-
-
-class ReadableObject:
-    """See :class:`gpusaver.storage.base.ReadableFile`.  UnknownError if the object was replaced meanwhile."""
-
-    parallel_reads = 8
-
-    def __init__(self, storage: ObjectStorage, path: str, size: int, e_tag: str | None) -> None:
-        self.size = size
-        self._storage = storage
-        self._path = path
-        self._e_tag = e_tag
-
-    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        wanted = sum(buffer.nbytes for buffer in buffers)
-        if not wanted:
-            return
-        if offset + wanted > self.size:
-            raise OutOfRangeError(
-                f"{self._path} ends at byte {self.size}: expected {wanted} at offset {offset}. The file was cut short"
-            )
-        data = self._storage.get_range(self._path, offset, wanted, self._e_tag)
-        position = 0
-        for buffer in buffers:
-            _octets(buffer)[:] = data[position : position + buffer.nbytes]
-            position += buffer.nbytes
-
-    def close(self) -> None:
-        pass
-
-
-class _ReadableMemory:
-    parallel_reads = 1
-
-    def __init__(self, path: str, content: bytes) -> None:
-        self.size = len(content)
-        self._path = path
-        self._content = memoryview(content)
-
-    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        for buffer in buffers:
-            if offset + buffer.nbytes > self.size:
-                raise OutOfRangeError(f"{self._path} ends at byte {self.size}")
-            _octets(buffer)[:] = self._content[offset : offset + buffer.nbytes]
-            offset += buffer.nbytes
-
-    def close(self) -> None:
-        pass
 
 
 class ObjectStorage:
@@ -408,10 +253,10 @@ class ObjectStorage:
     def prefers_direct(self, directory: str) -> bool:
         return False
 
-    def open(self, path: str, *, uncached: bool = False) -> ReadableObject | _ReadableMemory:
+    def open(self, path: str, *, uncached: bool = False) -> ReadableObject | ReadableMemory:
         unnamed = self._unnamed.get(path)
         if isinstance(unnamed, KeptFile):
-            return _ReadableMemory(path, bytes(unnamed.content))
+            return ReadableMemory(path, bytes(unnamed.content))
         where = path if unnamed is None else unnamed.target
         found = self._head(where)
         return ReadableObject(self, where, found["size"], found["e_tag"])
@@ -447,7 +292,7 @@ class ObjectStorage:
             return None
         try:
             file = UploadedFile.copied(self, source, path, target)
-        except (NotFoundError, UnimplementedError):
+        except Error:  # then it is written
             return None
         self._unnamed[path] = file
         return file
@@ -536,10 +381,6 @@ def _version(found: Any) -> Condition:
     """Of the answer to a put or to a head."""
     version = {name: str(found[name]) for name in ("e_tag", "version") if found[name] is not None}
     return version or "overwrite"
-
-
-def _octets(buffer: Buffer) -> memoryview:
-    return np.frombuffer(buffer, np.uint8).data if buffer.nbytes else memoryview(bytearray())
 
 
 @functools.lru_cache(maxsize=16)
