@@ -116,7 +116,6 @@ class CollectiveSaving:
 
     def _agree(self, share: _Share, leaves: Sequence[Leaf]) -> tuple[Save, range]:
         """What this rank writes, and into which shards; an error here is everybody's."""
-        import hashlib  # loads OpenSSL, which a job without ranks does not need
 
         facts = {
             "prefix": share.prefix,

@@ -143,6 +143,7 @@ class WatchedStorage:
 class _WatchedFile:
     def __init__(self, file: ReadableFile, count: Callable[[int], None]) -> None:
         self.size = file.size
+        self.parallel_reads = file.parallel_reads
         self.close = file.close
         self._file = file
         self._count = count
