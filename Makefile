@@ -171,8 +171,8 @@ test-tf: require-tf $(TF_READY)  ## against TensorFlow, in an environment of its
 test-lowest: .venv-lowest/.installed  ## `test` on Python 3.11 with the oldest releases that pyproject.toml allows
 	$(LOWEST_PY) -m pytest -n 2 --ignore tests/tf --ignore tests/gpu
 
-test-torch: .venv-bench/.installed  ## the adapter for PyTorch, in the environment of the benchmarks
-	$(BENCH_PY) -m pytest tests/test_torch.py
+test-torch: .venv-bench/.installed  ## PyTorch: the adapter, the example, the guide; in the environment of the benchmarks
+	$(BENCH_PY) -m pytest tests/test_torch.py tests/test_examples.py tests/test_readme.py
 
 check: $(READY)  ## lint, format, types, layers, generated messages, workflows, Dockerfile, documentation
 	$(PY) -m ruff check .

@@ -22,6 +22,6 @@ html_theme_options = {"show_prev_next": False}
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|concurrent|np|numpy|os|random)\..*"),
-    ("py:class", r"gpusaver\.(bundle|device|pipeline|protos|reader|saver|storage)\..*"),
+    ("py:class", r"gpusaver\.(bundle|device|pipeline|protos|reader|saver|saving|storage)\..*"),
     ("py:class", "CheckpointState|MetaGraphDef|Mode|PathLike|SaverDef|Storage|Timeline|WhenDiskFull"),
 ]

@@ -30,7 +30,7 @@ from gpusaver.bundle.index import BundleIndex, encode_index
 from gpusaver.bundle.merge import merge_indexes
 from gpusaver.device import HOST
 from gpusaver.distributed.group import Group, Message, check_agreement, error_of, facts_of
-from gpusaver.distributed.planning import Assignment, assign
+from gpusaver.distributed.planning import Assignment, assign, in_order
 from gpusaver.errors import DeadlineExceededError, InternalError
 from gpusaver.exporting import Described, Description, SaverOptions, is_trainable
 from gpusaver.listing import CheckpointList
@@ -116,6 +116,7 @@ class CollectiveSaving:
 
     def _agree(self, share: _Share, leaves: Sequence[Leaf]) -> tuple[Save, range]:
         """What this rank writes, and into which shards; an error here is everybody's."""
+
         facts = {
             "prefix": share.prefix,
             "options": f"meta graph {share.request.meta_graph_suffix}, "
@@ -346,7 +347,7 @@ class _Leader:
         if self._description is None:
             assert self._assignment is not None
             variables = []
-            for key, spec, part, full_shape in self._assignment.parts:
+            for spec, key, part, full_shape in sorted(self._assignment.parts, key=in_order):
                 name = key.decode("utf-8", "surrogateescape")
                 variables.append(Described(name, spec, part, full_shape, None, name in self._trainable))
             self._description = Description(variables, self._options)

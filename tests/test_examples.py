@@ -1,4 +1,7 @@
-"""examples/heat.py, killed and run again (test_demo.py: train_digits.py; compat/test_scripts.py: tf1/)."""
+"""The examples, killed and run again.
+
+Elsewhere: train_digits.py in test_demo.py, tf1/ in compat/test_scripts.py, published_network.py in tf/test_command.py.
+"""
 
 from __future__ import annotations
 
@@ -48,3 +51,16 @@ def test_the_simulation_goes_on_where_it_was(number: signal.Signals, tmp_path: P
     plate = gpusaver.load(tmp_path / "rough")["temperature"]
     assert np.all(plate[0] == 1)
     assert 0 < plate[1:].max() < 1
+
+
+def test_pytorch_goes_on_where_it_was(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    with start("pytorch.py", tmp_path / "rough", "--epochs", 10**6) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() and gpusaver.latest_checkpoint(tmp_path / "rough") is None:
+            pass
+        process.kill()
+    prefix = gpusaver.latest_checkpoint(tmp_path / "rough")
+    done = int(gpusaver.load_variable(prefix, "epoch"))
+    calm = run("pytorch.py", tmp_path / "calm", "--epochs", done + 2).splitlines()
+    assert run("pytorch.py", tmp_path / "rough", "--epochs", done + 2).splitlines() == [f"resumed {prefix}", *calm[-2:]]

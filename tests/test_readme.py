@@ -40,6 +40,10 @@ CASES = [
 ]
 
 
+#: The command of this checkout, wherever it is installed.
+COMMAND = f'gpusaver() {{ PYTHONPATH="{ROOT}:$PYTHONPATH" {sys.executable} -m gpusaver "$@" >/dev/null; }}\n'
+
+
 def skip_without(need: str) -> None:
     if need == "docker":
         if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True).returncode:
@@ -58,7 +62,8 @@ def run_page(text: str, name: str, need: str | None = None) -> None:
             continue
         line = text.count("\n", 0, block.start("code"))
         if block["language"] == "bash":
-            subprocess.run(["bash", "-e", "-c", block["code"]], cwd=ROOT, check=True)
+            code = COMMAND + block["code"]
+            subprocess.run(["bash", "-e", "-c", code], cwd=ROOT if need == "docker" else None, check=True, timeout=600)
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

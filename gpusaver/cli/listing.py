@@ -17,6 +17,7 @@ from gpusaver.finding import prefix_of
 from gpusaver.reader import CheckpointReader, read_table
 from gpusaver.storage.base import ReadableFile, Storage
 from gpusaver.storage.routing import RoutedStorage
+from gpusaver.tensor import Buffer
 
 _NO_V1 = re.compile(r"\.(index|meta|json|npz|npy|safetensors|pt|gpusaver-lock|gpusaver-tmp)\Z")
 _V1_SHARD = re.compile(r"-[0-9]{5}-of-([0-9]{5,})\Z")
@@ -132,13 +133,21 @@ class WatchedStorage:
         return getattr(self._storage, name)
 
     def open(self, path: str, *, uncached: bool = False) -> ReadableFile:
-        file = self._storage.open(path, uncached=uncached)
-        read_into = file.read_into
+        return _WatchedFile(self._storage.open(path, uncached=uncached), self._count)
 
-        def watched(offset: int, buffers: Any) -> None:
-            read_into(offset, buffers)
-            self._read += sum(buffer.nbytes for buffer in buffers)
-            self._on_read(self._read)
+    def _count(self, nbytes: int) -> None:
+        self._read += nbytes
+        self._on_read(self._read)
 
-        file.read_into = watched  # type: ignore[method-assign]
-        return file
+
+class _WatchedFile:
+    def __init__(self, file: ReadableFile, count: Callable[[int], None]) -> None:
+        self.size = file.size
+        self.parallel_reads = file.parallel_reads
+        self.close = file.close
+        self._file = file
+        self._count = count
+
+    def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._file.read_into(offset, buffers)
+        self._count(sum(buffer.nbytes for buffer in buffers))

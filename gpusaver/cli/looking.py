@@ -26,6 +26,9 @@ from gpusaver.reader import CheckpointReader
 from gpusaver.streaming import TensorStream
 from gpusaver.tensor import DataType
 
+#: A name made to hurt may have thousands of scopes.
+_MAX_DEPTH = 40
+
 _LS = [
     Column("name", "checkpoint", folds=True),
     Column("step", "step", right=True),
@@ -167,7 +170,7 @@ def _print_tree(rows: Sequence[dict[str, Any]]) -> None:
     root: dict[str, Any] = {}
     for row in rows:
         scope = root
-        *scopes, name = row["name"].split("/")
+        *scopes, name = row["name"].split("/", _MAX_DEPTH)
         for part in scopes:
             scope = scope.setdefault(f"{part}/", {})
         scope[f"{name}\0"] = row  # a tensor may be called as a scope is

@@ -28,8 +28,8 @@ from gpusaver.tensor import TensorSlice, TensorSpec
 class Part(NamedTuple):
     """A tensor, or a part of one, as a `.meta` file needs it."""
 
-    name: bytes
     spec: TensorSpec
+    name: bytes
     part: TensorSlice | None
     full_shape: tuple[int, ...] | None
 
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 class Assignment:
     """``is_written[rank]``: of each entry with bytes that the rank holds, in the order of their keys, whether the rank
     writes it.  ``first_shards[rank]``, ``shard_counts[rank]``: its data files.  ``nbytes``: of all data, padding not
-    counted.  ``parts``: everything, in the order of names, the parts of a tensor in the order of their slices.
+    counted.  ``parts``: everything, in no order.
     """
 
     is_written: list[npt.NDArray[np.bool_]]
@@ -92,7 +92,7 @@ def assign(indexes: Sequence[BundleIndex], ranks_of: Sequence[Sequence[int]]) ->
                 continue
             held = rows.get(key)
             if held is None:
-                held = rows[key] = _Held(entry.nbytes, part or Part(key, entry.spec, None, None), [])
+                held = rows[key] = _Held(entry.nbytes, Part(entry.spec, *(part or (key, None, None))), [])
             held.places.append(_Place(group, number, entry.shard))
             number += 1
         counts.append(number)
@@ -100,13 +100,11 @@ def assign(indexes: Sequence[BundleIndex], ranks_of: Sequence[Sequence[int]]) ->
     return _spread(list(rows.values()), counts, ranks_of)
 
 
-def _parts(entries: Sequence[tuple[bytes, Entry]]) -> dict[bytes, Part]:
-    """By their slice keys, which come before the names of their tensors."""
-    return {
-        slice_key(name, part): Part(name, TensorSpec(spec.dtype, part.shape(spec.shape)), part, spec.shape)
-        for name, (spec, *_, slices) in entries
-        for part in slices
-    }
+def _parts(
+    entries: Sequence[tuple[bytes, Entry]],
+) -> dict[bytes, tuple[bytes, TensorSlice, tuple[int, ...]]]:
+    """By their slice keys, which come before the names of their tensors: name, part and full shape."""
+    return {slice_key(name, part): (name, part, entry.spec.shape) for name, entry in entries for part in entry.slices}
 
 
 def _check_same(key: bytes, first: Entry, second: Entry, ranks: Sequence[int], others: Sequence[int]) -> None:
@@ -175,9 +173,9 @@ def _spread(rows: Sequence[_Held], counts: Sequence[int], ranks_of: Sequence[Seq
     if not any(shard_counts):
         shard_counts[0] = 1  # a checkpoint has one data file at least
     first_shards = (np.cumsum(shard_counts) - shard_counts).tolist()
-    parts = sorted((held.part for held in rows), key=_in_order)
-    return Assignment(is_written, first_shards, shard_counts, int(load.sum()), parts)
+    return Assignment(is_written, first_shards, shard_counts, int(load.sum()), [held.part for held in rows])
 
 
-def _in_order(part: Part) -> tuple[bytes, tuple[tuple[int, int], ...]]:
+def in_order(part: Part) -> tuple[bytes, tuple[tuple[int, int], ...]]:
+    """For sorting: by name, the parts of a tensor by where they begin."""
     return part.name, () if part.part is None or part.full_shape is None else part.part.resolve(part.full_shape)

@@ -86,6 +86,13 @@ def test_statistics(tmp_path: Path, cli: Command) -> None:
     }
 
 
+def test_scopes_without_end(tmp_path: Path, cli: Command) -> None:
+    prefix = gpusaver.save(tmp_path / "model", {"a/" * 5000 + "w": np.ones(1), "//": np.ones(1), "a": np.ones(1)})
+    code, out, _ = cli("show", prefix, "--tree")
+    assert code == 0
+    assert sum("float64[1] 8 B" in line for line in out.splitlines()) == 3
+
+
 def test_statistics_need_whole_data(tmp_path: Path, cli: Command) -> None:
     prefix = gpusaver.save(tmp_path / "model", {"w": np.arange(5.0)})
     Path(f"{prefix}.data-00000-of-00001").write_bytes(bytes(40))

@@ -13,11 +13,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from failing_storage import FailingStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpusaver
-from gpusaver import DataLossError, DataType, Error, InvalidArgumentError, NotFoundError
+from gpusaver import DataLossError, DataType, Error, InvalidArgumentError, NotFoundError, conversion
 from gpusaver.conversion import convert
 from gpusaver.conversion import safetensors as own
 from gpusaver.conversion.npz import has_dtype
@@ -242,6 +243,32 @@ def test_damage_of_the_source_leaves_the_destination_as_it_was(
     with pytest.raises((DataLossError, EOFError)):
         convert(tmp_path / source, tmp_path / target, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("target", ["b", "b.npz", "b.safetensors"])
+def test_any_failing_operation_leaves_the_old_or_the_new(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The n-th operation of the storage fails, for every n; never is anything half written, or left lying about."""
+    old = gpusaver.save(tmp_path / "old", {"v": np.ones(3)}, write_meta_graph=False)
+    new = gpusaver.save(tmp_path / "new", {"w": np.arange(1000.0)}, write_meta_graph=False)
+    (folder := tmp_path / "out").mkdir()
+    storage = FailingStorage()
+    for module in (conversion.tensorflow, conversion.tensors):
+        monkeypatch.setattr(module, "LocalStorage", lambda: storage)
+    for step in range(100):
+        storage.arm(None)
+        convert(old, folder / target, overwrite=True)
+        storage.arm(step)
+        try:
+            convert(new, folder / target, overwrite=True)
+            break
+        except gpusaver.UnknownError:
+            storage.arm(None)
+            convert(folder / target, tmp_path / "check", overwrite=True)
+            assert set(gpusaver.load(tmp_path / "check")) in ({"v"}, {"w"})
+            assert not [path.name for path in folder.iterdir() if path.name.endswith("-tmp")]
+    assert 0 < step < 99
 
 
 def headers() -> Iterator[bytes]:

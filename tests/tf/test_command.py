@@ -6,6 +6,8 @@ Needs ``GPUSAVER_BASIC_PITCH``, as test_basic_pitch.py.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,12 @@ def test_what_tensorflow_saved_in_parts_and_shards(tmp_path: Path, capsys: pytes
         assert ours == {f"all/{name}": spec for name, spec in before.items()}
         values, expected = tensorflow.read(target), tensorflow.read(golden / source)
         assert all(same(values[f"all/{name}"], value) for name, value in expected.items())
+
+
+def test_the_example(saved_model: Path, theirs: dict[str, Any], tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "examples" / "published_network.py"
+    command = [sys.executable, script, saved_model, tmp_path / "network.safetensors"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert f"{len(theirs) - 1} tensors" in printed.splitlines()[0]
+    assert f"left out: {OBJECT_GRAPH}" in printed
+    assert (tmp_path / "network.safetensors").stat().st_size > 200_000
