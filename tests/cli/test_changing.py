@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, Command
+from command_tools import GOLDEN, Command
 from failing_storage import FailingStorage
 
 import gpusaver

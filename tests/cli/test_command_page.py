@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import ROOT, environment
+from command_tools import ROOT, environment
 
 from gpusaver.cli.app import command
 

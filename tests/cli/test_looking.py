@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import GOLDEN, Command
+from command_tools import GOLDEN, Command
 
 import gpusaver
 

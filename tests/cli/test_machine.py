@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Command
+from command_tools import Command
 from PIL import Image
 
 import gpusaver

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from conftest import Command, environment, on_terminal, screen_of
+from command_tools import Command, environment, on_terminal, screen_of
 
 import gpusaver
 from gpusaver.bundle.entry import Entry

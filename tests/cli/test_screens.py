@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import on_terminal, screen_of
+from command_tools import on_terminal, screen_of
 
 import gpusaver
 
