@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import Command
+from command_tools import Command
 
 import gpusaver
 
