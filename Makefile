@@ -219,7 +219,7 @@ bench-gpu: require-gpu $(READY)  ## measure on an NVIDIA GPU
 
 test-faults: $(READY)  ## the long runs of faults, kills, damage and fuzzing; prints the counts of docs/guarantees.md
 	GPUSAVER_FAULTS=long $(PY) -m pytest -n 2 tests/faults tests/fuzz tests/saver/test_failures.py \
-	    tests/saver/test_processes.py tests/test_damage.py tests/mpi/test_faults.py tests/mpi/test_killed_ranks.py tests/mpi/test_resharding.py
+	    tests/saver/test_processes.py tests/test_damage.py tests/mpi/test_faults.py tests/mpi/test_killed_ranks.py tests/mpi/test_resharding.py tests/remote
 
 FUZZ_SECONDS ?= 60
 fuzz: .venv-fuzz/.installed  ## fuzz every reader with atheris, FUZZ_SECONDS each (Linux x86-64)

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from gpusaver.pipeline.timeline import STAGES, Span, busy_seconds
 
-_COLOURS = dict(zip(STAGES, ("#9aa0a6", "#8e63ce", "#3b7dd8", "#e8a33d", "#3a9d5d", "#c8553d", "#5b4a3f"), strict=True))
+_COLOURS = {
+    "plan": "#9aa0a6",
+    "capture": "#8e63ce",
+    "copy": "#3b7dd8",
+    "compare": "#d98cb3",
+    "checksum": "#e8a33d",
+    "write": "#3a9d5d",
+    "link": "#7fc7c0",
+    "sync": "#c8553d",
+    "commit": "#5b4a3f",
+}
 #: A trace of thousands of chunks is drawn with bars this much of the width at least, or they would vanish.
 _MIN_SHARE = 0.0008
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from command_tools import Command
 from PIL import Image
+from sim.fixture import simulated_cupy  # noqa: F401
 
 import gpusaver
 from gpusaver.cli import machine
@@ -145,3 +146,14 @@ def test_software_without_cupy() -> None:
     found: dict[str, Any] = software()
     assert set(found) == {"cupy", "cuda", "driver", "nvml", "nvrtc", "cupy problem", "nvrtc problem"}
     assert bool(found["cupy"]) != bool(found["cupy problem"])
+
+
+def test_bench_with_devices(sim: Any, tmp_path: Path, cli: Command) -> None:
+    """Under the simulated CuPy: the rows are there; their figures mean nothing."""
+    code, out, _ = cli("bench", tmp_path, "--size", "4MB", "--json")
+    assert code == 0
+    rows = {row["what"]: row for row in json.loads(out)["rows"]}
+    for name in ("cuda:0", "cuda:1"):
+        assert rows[f"save from {name}, until durable"]["rate"] > 0
+        assert rows[f"restore to {name}, verified"]["ceiling"] == "raw read, page cache"
+    assert os.listdir(tmp_path) == []
