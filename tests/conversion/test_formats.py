@@ -255,7 +255,7 @@ def test_any_failing_operation_leaves_the_old_or_the_new(
     (folder := tmp_path / "out").mkdir()
     storage = FailingStorage()
     for module in (conversion.tensorflow, conversion.tensors):
-        monkeypatch.setattr(module, "LocalStorage", lambda: storage)
+        monkeypatch.setattr(module, "RoutedStorage", lambda: storage)
     for step in range(100):
         storage.arm(None)
         convert(old, folder / target, overwrite=True)
