@@ -21,7 +21,7 @@ html_theme_options = {"show_prev_next": False}
 # NumPy, and those of gpusaver that are no part of its surface.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(collections|concurrent|np|numpy|os|random)\..*"),
+    ("py:.*", r"(collections|concurrent|np|numpy|os|random|re)\..*"),
     ("py:class", r"gpusaver\.(bundle|device|pipeline|protos|reader|saver|saving|storage)\..*"),
     ("py:class", "CheckpointState|MetaGraphDef|Mode|PathLike|SaverDef|Storage|Timeline|WhenDiskFull"),
 ]
