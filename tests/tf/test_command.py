@@ -78,7 +78,7 @@ def test_what_tensorflow_saved_in_parts_and_shards(tmp_path: Path, capsys: pytes
     """Renamed slices are found by TensorFlow: their keys hold the name."""
     golden = Path(__file__).resolve().parent.parent / "golden"
     for source in ("partitioned_tf1/part", "partitioned_tf2/part", "sharded_tf1/model-5"):
-        target = tmp_path / Path(source).name
+        target = tmp_path / source.replace("/", "-")
         command(capsys, "rename", golden / source, target, "-e", "^", "all/")
         ours, before = tensorflow.specs(target), tensorflow.specs(golden / source)
         assert ours == {f"all/{name}": spec for name, spec in before.items()}
