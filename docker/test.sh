@@ -77,6 +77,7 @@ make_base() {
 
 run_all() {
     inside sh -c "$CONFINED"
+    inside gpusaver doctor # the image's health check
     inside "${DEMO[@]}"
     [ "${DEMO_ONLY:-}" = 1 ] || inside env -C /opt/gpusaver/src TMPDIR=/data python -m pytest -n 2 -q --ignore tests/tf \
         --ignore tests/gpu -p no:cacheprovider
