@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from gpusaver.arguments import checkpoint_prefix
+from gpusaver.arguments import checkpoint_prefix, make_directory
 from gpusaver.bundle import filenames
 from gpusaver.bundle.coding import decode_slice_key, printable
 from gpusaver.bundle.entry import Entry
@@ -113,6 +113,10 @@ def _rename(index: BundleIndex, new_name: Callable[[str], str]) -> tuple[dict[by
 def _new_prefix(storage: Storage, prefix: str) -> Iterator[None]:
     """Keeps others away from a prefix that does not exist yet; after an error it is there whole or not at all."""
     directory, base = os.path.split(prefix)
+    try:
+        make_directory(storage, directory, prefix)
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from error
     lock = storage.lock(filenames.lock_path(filenames.index_path(prefix)))
     try:
         left = [name for name in storage.list(directory) if filenames.is_data_of(name, base)]

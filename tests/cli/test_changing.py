@@ -66,6 +66,16 @@ def test_rename_of_every_kind(prefix: str, tmp_path: Path) -> None:
     assert not (tmp_path / "b.meta").exists()
 
 
+def test_rename_into_another_folder(golden: Path, cli: Command) -> None:
+    """One level is made, as a save does; more would turn a mistyped path into a tree."""
+    assert cli("rename", "conv_tf2/conv-2", "fresh/c", "-e", "conv", "c").code == 0
+    assert gpusaver.checkpoint_exists(golden / "fresh" / "c")
+    outcome = cli("rename", "conv_tf2/conv-2", "far/away/c", "-e", "conv", "c")
+    assert outcome.code != 0
+    assert "Parent directory of far/away/c doesn't exist" in outcome.err
+    assert not (golden / "far").exists()
+
+
 def test_rename_copies_where_links_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "not here")
