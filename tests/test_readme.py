@@ -125,7 +125,10 @@ def test_the_readme_begins_with_what_a_bare_machine_lacks() -> None:
 def test_make_alone_lists_the_verbs_and_the_readme_has_them() -> None:
     if not shutil.which("make"):
         pytest.skip("there is no make")
-    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    # Of a make that runs the tests it would say that it enters the directory.
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run(["make"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    listed = done.stdout
     verbs = {line.split()[0] for line in listed.splitlines()}
     assert {"demo", "test", "check", "docker-test"} <= verbs
     assert verbs <= {"help", *re.findall(r"`make ([a-z-]+)`", (ROOT / "README.md").read_text())}
