@@ -73,6 +73,7 @@ class Gpusaver(Peer):
     Without a `.meta` file, which no other has: TensorFlow's Saver writes none here either.
     """
 
+    process = "gpusaver"
     direct_io: ClassVar[bool | None] = None
     write_meta_graph: ClassVar[bool] = False
 
@@ -112,6 +113,7 @@ class GpusaverMeta(Gpusaver):
 class Torch(Peer):
     """``torch.save`` of a state dict; back through a mapped file, so that no second state is ever allocated."""
 
+    process = "torch"
     distributions = ("torch",)
 
     def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:

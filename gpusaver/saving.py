@@ -32,7 +32,7 @@ WhenBusy = Literal["wait", "skip", "raise"]
 
 #: Through the page cache both threads copy; where chunks are staged another thread does, and these wait for the disk.
 _THREADS = 2
-_STAGED_THREADS = 3
+_STAGED_THREADS = 4
 _PINNED_SLOTS = 4
 
 

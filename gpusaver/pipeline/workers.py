@@ -18,8 +18,8 @@ from gpusaver.pipeline.timeline import Timeline
 
 Job = TypeVar("Job")
 
-#: Of host arrays that are written around the page cache: enough for three writers, and for their copier to stay ahead.
-_HOST_RING_COUNT = 4
+#: Of host arrays that are written around the page cache: enough for four writers, and for their copier to stay ahead.
+_HOST_RING_COUNT = 6
 
 
 class Stopped(Exception):
