@@ -208,7 +208,6 @@ class Staging:
             Copier(runtime, own, transfers, fill, ring, self._filled, self._stop, timeline) for runtime, own in jobs
         ]
         self._threads: list[threading.Thread] = []
-        self._lent: dict[int, HostBuffer] = {}
         self._inline: list[Iterator[Filled]] = []
 
     @property
@@ -230,8 +229,7 @@ class Staging:
 
     def filled(self) -> Iterator[Filled]:
         """Chunks as they become ready; raises a copier's error."""
-        for item in itertools.chain(*self._inline):
-            yield self._lend(item)
+        yield from itertools.chain(*self._inline)
         running = len(self._threads)
         while running:
             found = self._filled.get()
@@ -240,15 +238,11 @@ class Staging:
             elif isinstance(found, BaseException):
                 raise found
             else:
-                yield self._lend(found)
-
-    def _lend(self, filled: Filled) -> Filled:
-        self._lent[id(filled.slot)] = filled.slot
-        return filled
+                yield found
 
     def release(self, filled: Filled) -> None:
         """The chunk is written, or never will be."""
-        self._ring.release(self._lent.pop(id(filled.slot)))
+        self._ring.release(filled.slot)
 
     def stop(self) -> None:
         """After an error elsewhere: copiers end at their next chunk."""
@@ -262,8 +256,6 @@ class Staging:
         """
         for thread in self._threads:
             thread.join()
-        while self._lent:  # taken by somebody who ended before writing it
-            self._ring.release(self._lent.popitem()[1])
         while not self._filled.empty():
             item = self._filled.get()
             if isinstance(item, Filled):

@@ -141,12 +141,6 @@ MUTATIONS = [
         "unregistered", MEMORY, "                cupy.cuda.runtime.hostUnregister(address)\n", "                pass\n"
     ),
     Mutation(
-        "lent-slots",
-        STAGING,
-        "            self._ring.release(self._lent.popitem()[1])\n",
-        "            self._lent.popitem()\n",
-    ),
-    Mutation(
         "failed-slot",
         STAGING,
         "                except BaseException:\n                    self._ring.release(slot)\n",
