@@ -82,9 +82,15 @@ def _raising(error: Exception) -> Callable[..., Any]:
     return function
 
 
+def forget_cuda_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that ran before may have left it, with a CuPy of its own."""
+    monkeypatch.delitem(sys.modules, "gpusaver.device.cuda_info", raising=False)
+    monkeypatch.delattr(gpusaver.device, "cuda_info", raising=False)
+
+
 def test_a_machine_without_cupy_has_no_devices(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, "gpusaver.device.cuda_info", raising=False)
+    forget_cuda_info(monkeypatch)
     assert gpusaver.devices() == []
     assert inventory.why_no_devices().startswith("CuPy cannot be imported:")
     assert inventory.link_rate("cpu:0") == inventory.link_rate("cuda:0") == 0.0
@@ -215,6 +221,7 @@ def test_a_thread_is_bound_to_the_cpus_it_may_use():
 def test_the_software_between_arrays_and_devices(sim, fake_nvml, monkeypatch):
     import cupy
 
+    forget_cuda_info(monkeypatch)
     fake_nvml(nvmlSystemGetDriverVersion=lambda: b"590.48.01")
     monkeypatch.setattr(cupy, "__version__", "14.2.0", raising=False)
     versions = {"runtimeGetVersion": lambda: 13000, "driverGetVersion": lambda: 13010}
@@ -240,7 +247,7 @@ def test_the_software_between_arrays_and_devices(sim, fake_nvml, monkeypatch):
 def test_the_software_of_a_machine_without_any(fake_nvml, monkeypatch):
     fake_nvml(nvmlInit=RuntimeError("no driver"))
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, "gpusaver.device.cuda_info", raising=False)
+    forget_cuda_info(monkeypatch)
     found = inventory.software()
     assert found.pop("cupy problem").startswith("import of cupy halted")
     assert set(found.values()) == {""}
