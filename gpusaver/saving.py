@@ -15,7 +15,7 @@ from gpusaver.errors import DataLossError, FailedPreconditionError, ResourceExha
 from gpusaver.exporting import MetaContent
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
-from gpusaver.pipeline.commit import DIRECT_MIN_NBYTES, BundleCommit, FileVersion, ShardFiles
+from gpusaver.pipeline.commit import BundleCommit, FileVersion, ShardFiles
 from gpusaver.pipeline.incremental import Contents, Hashing, Incremental, WrittenFile, tensors_of
 from gpusaver.pipeline.plan import Item, Plan, Save
 from gpusaver.pipeline.preflight import Preflight
@@ -29,6 +29,7 @@ _log = logging.getLogger("gpusaver")
 
 Capture = Literal["auto", "snapshot", "deferred", "blocking"]
 WhenBusy = Literal["wait", "skip", "raise"]
+DirectIO = bool | None | Literal["in_place"]
 
 #: Through the page cache both threads copy; where chunks are staged another thread does, and these wait for the disk.
 _THREADS = 2
@@ -63,7 +64,7 @@ class Saving:
     def __init__(
         self,
         storage: Storage,
-        direct_io: bool | None,
+        direct_io: DirectIO,
         staging_bytes: int,
         *,
         strict: bool,
@@ -72,7 +73,10 @@ class Saving:
     ) -> None:
         self.slots = Slots(CHUNK_NBYTES, max(_PINNED_SLOTS, staging_bytes // CHUNK_NBYTES))
         self.storage = storage
-        self.direct_io = direct_io
+        if direct_io not in (None, False, True, "in_place"):
+            raise ValueError(f"direct_io: expected None, False, True or 'in_place', found {direct_io!r}")
+        self.direct_io = None if direct_io is None else bool(direct_io)
+        self._in_place = direct_io == "in_place"
         self.strict = strict
         self.check_captures = check_captures
         self.preflight = Preflight(storage)
@@ -86,13 +90,9 @@ class Saving:
         """Names of the variables that the next save puts into data files of their own."""
         return frozenset() if self._incremental is None else self._incremental.frozen(leaves)
 
-    def arrange(self, save: Save, directory: str) -> Save:
-        """The same, laid out as the files in this directory are best written."""
-        is_direct = self.direct_io
-        if is_direct is None:
-            is_large = max(save.plan.layout.shard_nbytes) >= DIRECT_MIN_NBYTES
-            is_direct = is_large and self.storage.prefers_direct(directory)
-        return save.moved(around_cache=is_direct)
+    def arrange(self, save: Save) -> Save:
+        """The same, laid out as it is to be written."""
+        return save.moved(around_cache=self._in_place)
 
     def capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
         """What is to be written instead of ``save``, the mode used, and why.  Call it in the caller's thread."""
@@ -228,6 +228,7 @@ class Saving:
             on_staged=pending.mark_captured if is_last else lambda: None,
             cancelled=pending.cancel_requested,
             timeline=pending.timeline,
+            in_place=self._in_place,
         )
 
     def _write_changed(

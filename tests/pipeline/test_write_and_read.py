@@ -93,7 +93,10 @@ def test_any_subset_comes_back(
     places = data.draw(st.lists(st.sampled_from(PLACES), min_size=len(wanted), max_size=len(wanted)))
     verify = data.draw(st.sampled_from(["during", "before"]))
     with tempfile.TemporaryDirectory() as directory:
-        with gpusaver.Saver(sources, direct_io=direct) as saver, in_huge_pages(huge_pages):
+        with (
+            gpusaver.Saver(sources, direct_io=(direct and huge_pages and "in_place") or direct) as saver,
+            in_huge_pages(huge_pages),
+        ):
             prefix = saver.save(os.path.join(directory, "k"))
         targets = {name: empty_in(place, expected[name]) for name, place in zip(sorted(wanted), places, strict=True)}
         state = dict(targets)
@@ -143,7 +146,7 @@ def test_pages_of_arrays_are_written_from_where_they_are(tmp_path: Path, shift: 
     memory[:] = content(1, (65536,), np.uint8)
     arrays = {"a": memory[shift : shift + 20000], "b": memory[30000:50000], "c": memory[50001:50010]}
     expected = {name: array.copy() for name, array in arrays.items()}
-    with gpusaver.Saver(arrays, direct_io=True, storage=storage) as saver, in_huge_pages(True):
+    with gpusaver.Saver(arrays, direct_io="in_place", storage=storage) as saver, in_huge_pages(True):
         pending = saver.save_async(tmp_path / "k", capture="deferred")
         assert pending is not None
         waiter = threading.Thread(target=pending.fence)
@@ -172,7 +175,7 @@ def test_pages_of_arrays_are_written_from_where_they_are(tmp_path: Path, shift: 
 def test_a_layout_for_pages_of_memory_is_made_anew_only_when_they_move(tmp_path: Path) -> None:
     """The plan, and what the `.meta` file says, are kept; where nothing is written around the cache nothing moves."""
     state = {"a": np.ones(20000, np.uint8)}
-    with gpusaver.Saver(state, direct_io=True) as saver, in_huge_pages(True):
+    with gpusaver.Saver(state, direct_io="in_place") as saver, in_huge_pages(True):
         layouts = []
         for _ in range(2):
             saver.save(tmp_path / "k")
