@@ -40,7 +40,7 @@ from gpusaver.pipeline.workers import run_in_background
 from gpusaver.reader import READ_THREADS, CheckpointReader
 from gpusaver.restoring import RestoreReport, restore_leaves
 from gpusaver.retention import Retention
-from gpusaver.saving import Capture, DirectIO, SaveRequest, Saving, WhenBusy
+from gpusaver.saving import Capture, SaveRequest, Saving, WhenBusy
 from gpusaver.storage.base import Storage
 from gpusaver.storage.routing import RoutedStorage
 from gpusaver.variables import Leaf, check_variables_once, current_variables, flatten
@@ -103,7 +103,7 @@ class Saver:
         pad_step_number: bool = False,
         save_relative_paths: bool = True,
         filename: str | None = None,
-        direct_io: DirectIO = None,
+        direct_io: bool | Literal["in_place"] | None = None,
         staging_bytes: int = 0,
         strict: bool = False,
         incremental: bool | Literal["declared"] = False,

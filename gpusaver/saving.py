@@ -29,7 +29,6 @@ _log = logging.getLogger("gpusaver")
 
 Capture = Literal["auto", "snapshot", "deferred", "blocking"]
 WhenBusy = Literal["wait", "skip", "raise"]
-DirectIO = bool | None | Literal["in_place"]
 
 #: Through the page cache both threads copy; where chunks are staged another thread does, and these wait for the disk.
 _THREADS = 2
@@ -64,7 +63,7 @@ class Saving:
     def __init__(
         self,
         storage: Storage,
-        direct_io: DirectIO,
+        direct_io: bool | Literal["in_place"] | None,
         staging_bytes: int,
         *,
         strict: bool,
