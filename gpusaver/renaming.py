@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from gpusaver.arguments import checkpoint_prefix, make_directory
@@ -23,12 +23,12 @@ from gpusaver.bundle.index import BundleIndex, encode_index
 from gpusaver.bundle.object_graph import OBJECT_GRAPH_KEY
 from gpusaver.bundle.slices import slice_key
 from gpusaver.checkpoint_state import PathLike, checkpoint_exists
-from gpusaver.errors import Error, InvalidArgumentError, UnimplementedError
+from gpusaver.errors import InvalidArgumentError, UnimplementedError
+from gpusaver.pipeline.chunk import CHUNK_NBYTES
+from gpusaver.pipeline.commit import BundleCommit, FileVersion
 from gpusaver.reader import read_table
-from gpusaver.storage.base import Storage, new_token, write_bytes
+from gpusaver.storage.base import Storage
 from gpusaver.storage.routing import RoutedStorage
-
-_COPY_NBYTES = 8 << 20
 
 
 class Renaming(NamedTuple):
@@ -66,21 +66,22 @@ def rename_tensors(
     entries, names = _rename(index, new_name)
     if dry_run:
         return Renaming(names, 0, 0)
-    with _new_prefix(storage, new):
-        linked = copied = 0
-        for shard in range(index.num_shards):
-            data = filenames.data_path(old, shard, index.num_shards)
-            target = filenames.data_path(new, shard, index.num_shards)
-            if storage.link(data, target) is not None:
-                linked += 1
-            else:
-                _copy(storage, data, target)
-                copied += 1
-        storage.sync_directory(os.path.dirname(new))
-        path = filenames.index_path(new)
-        encoded = encode_index(index.num_shards, sorted(entries.items()))
-        write_bytes(storage, path, filenames.temporary_path(path, new_token()), encoded)
-    return Renaming(names, linked, copied)
+    try:
+        make_directory(storage, os.path.dirname(new), new)
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from error
+    shards = range(index.num_shards)
+    files = [filenames.data_path(old, shard, index.num_shards) for shard in shards]
+    commit = BundleCommit(storage, new, [_size(storage, path) for path in files], direct=False, later=shards)
+    try:
+        _check_new(storage, new)
+        linked = sum(_link_or_copy(storage, path, commit, shard) for shard, path in enumerate(files))
+        commit.sync()
+        commit.publish(encode_index(commit.num_shards, sorted(entries.items())))
+    except BaseException:
+        commit.abort()
+        raise
+    return Renaming(names, linked, len(files) - linked)
 
 
 def _rename(index: BundleIndex, new_name: Callable[[str], str]) -> tuple[dict[bytes, Entry], list[tuple[str, str]]]:
@@ -109,44 +110,29 @@ def _rename(index: BundleIndex, new_name: Callable[[str], str]) -> tuple[dict[by
     return entries, names
 
 
-@contextlib.contextmanager
-def _new_prefix(storage: Storage, prefix: str) -> Iterator[None]:
-    """Keeps others away from a prefix that does not exist yet; after an error it is there whole or not at all."""
+def _check_new(storage: Storage, prefix: str) -> None:
+    """Requires: the prefix is locked."""
     directory, base = os.path.split(prefix)
-    try:
-        make_directory(storage, directory, prefix)
-    except ValueError as error:
-        raise InvalidArgumentError(str(error)) from error
-    lock = storage.lock(filenames.lock_path(filenames.index_path(prefix)))
-    try:
-        left = [name for name in storage.list(directory) if filenames.is_data_of(name, base)]
-        if left or checkpoint_exists(prefix, storage=storage):
-            raise InvalidArgumentError(f"{prefix} exists ({', '.join(left[:3]) or 'a checkpoint'}); use another name")
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(Error):
-                if not storage.exists(filenames.index_path(prefix)):  # else it is there, if perhaps not durable
-                    for name in storage.list(directory):
-                        if filenames.is_data_of(name, base):
-                            storage.remove(os.path.join(directory, name))
-            raise
-    finally:
-        lock.release()
+    left = [name for name in storage.list(directory) if filenames.is_data_of(name, base)]
+    if left or checkpoint_exists(prefix, storage=storage):
+        raise InvalidArgumentError(f"{prefix} exists ({', '.join(left[:3]) or 'a checkpoint'}); use another name")
 
 
-def _copy(storage: Storage, source: str, target: str) -> None:
-    file = storage.open(source)
-    try:
-        copy = storage.create(target, file.size)
-        try:
-            buffer = memoryview(bytearray(min(_COPY_NBYTES, file.size)))
-            for start in range(0, file.size, _COPY_NBYTES):
-                part = buffer[: file.size - start]
-                file.read_into(start, [part])
-                copy.write_at(start, [part])
-            copy.sync()
-        finally:
-            copy.close()
-    finally:
-        file.close()
+def _size(storage: Storage, path: str) -> int:
+    with contextlib.closing(storage.open(path)) as file:
+        return file.size
+
+
+def _link_or_copy(storage: Storage, path: str, commit: BundleCommit, shard: int) -> bool:
+    """Whether the data file is linked."""
+    if commit.shards.link(shard, FileVersion(path, storage.version(path))):
+        return True
+    commit.shards.create(shard)
+    copy = commit.files[shard]
+    with contextlib.closing(storage.open(path)) as file:
+        buffer = memoryview(bytearray(min(CHUNK_NBYTES, file.size)))
+        for start in range(0, file.size, CHUNK_NBYTES):
+            part = buffer[: file.size - start]
+            file.read_into(start, [part])
+            copy.write_at(start, [part])
+    return False

@@ -323,13 +323,11 @@ class Saver:
         leaves = self._leaves_to_save()
         with timeline.span("plan"):
             save = self._planned(leaves)
+        self._plan = save.plan
         meta_graph = None
         if request.meta_graph_suffix is not None:
             meta_graph = meta_graph_file(prefix, request.meta_graph_suffix), self._describe(leaves, save.plan)
         make_directory(self.storage, os.path.dirname(prefix), prefix)
-        with timeline.span("plan"):
-            save = self._saving.arrange(save)
-        self._plan = save.plan
         with timeline.span("capture"):
             save, mode, reason = self._saving.capture(save, request.capture)
         devices = sorted(runtime.name for runtime in save.runtimes if runtime is not HOST)
@@ -378,7 +376,7 @@ class Saver:
 
     def _planned(self, leaves: Sequence[Leaf]) -> Save:
         frozen = self._saving.frozen(leaves)
-        return plan_save(leaves, sharded=self._sharded, cached=self._plan, frozen=frozen)
+        return self._saving.arrange(plan_save(leaves, sharded=self._sharded, cached=self._plan, frozen=frozen))
 
     def _leaves(self) -> list[Leaf]:
         leaves = flatten(self._var_list)

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from gpusaver.bundle.coding import printable
 from gpusaver.bundle.entry import Entries, Entry, decode_entries, decode_entry, encode_entry
 from gpusaver.bundle.slices import slice_key
-from gpusaver.bundle.table_reader import KEY_EXPANSION, Table
+from gpusaver.bundle.table_reader import KEY_EXPANSION, Columns, Table
 from gpusaver.bundle.table_writer import TRAILER_NBYTES, TableWriter, block_trailer
 from gpusaver.bundle.version import VERSION, check_version
 from gpusaver.errors import DataLossError, UnimplementedError
@@ -101,24 +101,28 @@ class BundleIndex:
     def _decode_all(self) -> None:
         keys: list[bytes] = []
         entries: list[Entries] = []
-        for found, data, starts, ends in self._table.columns():
-            skipped = 1 if found[:1] == [_HEADER_KEY] else 0
-            keys += found[skipped:]
-            entries.append(decode_entries(data, starts[skipped:], ends[skipped:], self.num_shards))
+        for found, data, starts, ends in self._columns():
+            keys += found
+            entries.append(decode_entries(data, starts, ends, self.num_shards))
         self._keys, self._entries = keys, Entries.joined(entries)
+
+    def _columns(self) -> Iterator[Columns]:
+        """Of the table, without the header."""
+        for keys, data, starts, ends in self._table.columns():
+            first = 1 if keys[:1] == [_HEADER_KEY] else 0
+            yield keys[first:], data, starts[first:], ends[first:]
 
     def items(self) -> Iterator[tuple[bytes, Entry]]:
         """All entries as stored, slice keys included, in key order."""
-        for keys, data, starts, ends in self._table.columns():
-            skipped = 1 if keys[:1] == [_HEADER_KEY] else 0
+        for keys, data, starts, ends in self._columns():
             try:
-                entries = decode_entries(data, starts[skipped:], ends[skipped:], self.num_shards)
+                entries = decode_entries(data, starts, ends, self.num_shards)
             except (DataLossError, UnimplementedError):  # one after the other, up to the one that is wrong
-                for key, start, end in zip(keys[skipped:], starts[skipped:], ends[skipped:], strict=True):
+                for key, start, end in zip(keys, starts, ends, strict=True):
                     yield key, self._decode(key, data[start:end])
                 continue
             columns = [column.tolist() for column in entries.ranges]
-            for row, (key, *fields) in enumerate(zip(keys[skipped:], entries.specs, *columns, strict=True)):
+            for row, (key, *fields) in enumerate(zip(keys, entries.specs, *columns, strict=True)):
                 entry = entries.others.get(row) or Entry(*fields)
                 if entry.slices:
                     self._check_slices(key, len(entry.slices) * len(key))
