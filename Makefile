@@ -16,7 +16,7 @@ OUT ?= build/gpu-session
 .NOTPARALLEL:
 .SUFFIXES:
 .PHONY: help install demo test test-tf test-lowest test-torch check test-gpu test-faults fuzz bench bench-gpu bench-scale bench-mpi
-.PHONY: gpu-session bench-upload bench-incremental bench-damage nightly docs package first-visit docker-test protos clean
+.PHONY: gpu-session bench-upload bench-incremental bench-damage bench-quick bench-growth bench-interference nightly docs package first-visit docker-test protos clean
 .PHONY: active require-gpu require-tf
 
 SYSTEM := $(shell uname -sm)
@@ -206,6 +206,15 @@ gpu-session: require-gpu $(READY)  ## the essential part of test-gpu and bench-g
 bench: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## measure against torch.save, DCP, safetensors, np.savez, Orbax and TensorFlow
 	$(BENCH_PY) benchmarks/bench.py
 	$(BENCH_PY) benchmarks/bench_compat.py
+
+bench-quick: .venv-bench/.installed  ## the same in a minute: smaller, with fewer peers
+	$(BENCH_PY) benchmarks/bench.py --quick
+
+bench-growth: .venv-bench/.installed  ## saves and restores of 10^2 to 10^6 tensors, and of 1 MB to 8 GB
+	$(BENCH_PY) benchmarks/growth.py
+
+bench-interference: $(READY)  ## a training loop beside a save that drains
+	$(PY) benchmarks/interference.py
 
 bench-scale: $(READY)  ## plan, merge and commit of 4,096 ranks and 1,000,000 tensors, without their bytes
 	$(PY) benchmarks/scale/scale.py

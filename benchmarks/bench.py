@@ -1,4 +1,4 @@
-"""``make bench``: gpusaver against six ways of five libraries to save, and against raw writes and reads.
+"""``make bench``: gpusaver against other libraries' ways to save, and against raw writes and reads.
 
 Every library is a process of its own (:mod:`worker`), in an environment that has it, and all have the same values in
 arrays of their own (:mod:`workloads`).  First each proves that what it restores is what it saved; that was also its
@@ -33,7 +33,11 @@ from workloads import WORKLOADS, Workload, create_block
 
 _ORBAX = os.path.join(ROOT, ".venv-orbax", "bin", "python")
 RESULTS = os.path.join(ROOT, "benchmarks", "results")
-FULL, QUICK = ("gpt2", "small"), ("gpt2-quick", "small-quick")
+QUICK = ("gpt2-quick", "small-quick")
+FULL = tuple(name for name in WORKLOADS if name not in QUICK)
+_READ = ("restore", "restore_cpu")
+#: Where the files of a workload in memory go.
+_MEMORY = "/dev/shm/gpusaver-bench"
 #: What --quick leaves out: slow to start, or close to a neighbour.
 _NOT_QUICK = (
     "np.savez",
@@ -101,6 +105,14 @@ def read_into_page_cache(directory: str) -> None:
                     pass
 
 
+def drop_from_page_cache(directory: str) -> None:
+    """Requires: the files are synced."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with open(os.path.join(folder, name), "rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def empty(directory: str) -> None:
     """Leaves an empty folder, and no work for the file system to catch up on."""
     shutil.rmtree(directory, ignore_errors=True)
@@ -113,9 +125,9 @@ def run_workload(
 ) -> dict[str, Any]:
     """The measurements of one workload: see ``summarize`` for their form."""
     say(f"{workload.title}: {len(workload.shapes)} tensors, {workload.nbytes / 1e6:,.1f} MB")
-    directory = os.path.join(directory, "files")
+    directory = os.path.join(_MEMORY if workload.in_memory else directory, "files")
     fd = create_block(workload)
-    groups = group_by_process(peers)
+    groups = group_by_process([peer for peer in peers if workload.peers is None or peer.startswith(workload.peers)])
     # TensorFlow and Orbax have copies of their own, and saves take memory too; pages given back cost raw writes nothing
     # but slow all others down on a virtual machine.
     if (needed := (len(groups) + 8) * workload.nbytes) > memory_available():
@@ -139,7 +151,7 @@ def run_workload(
             start = time.perf_counter()
             first = number * len(turns) // rounds
             for worker, peer in turns[first:] + turns[:first]:
-                samples[peer].append(measure(worker, peer, directory))
+                samples[peer].append(measure(worker, peer, workload.orders, directory))
             say(f"  round {number + 1} of {rounds}: {time.perf_counter() - start:.1f} s")
     finally:
         for worker in workers:
@@ -164,12 +176,15 @@ def group_by_process(peers: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def measure(worker: WorkerProcess, peer: str, directory: str) -> dict[str, Any]:
+def measure(worker: WorkerProcess, peer: str, orders: Sequence[str], directory: str) -> dict[str, Any]:
     empty(directory)
     sample = worker.ask("save", peer)
     read_into_page_cache(directory)
-    if PEERS[peer].is_restored:
-        sample |= worker.ask("restore", peer)
+    for order in orders:
+        if order != "save" and order in PEERS[peer].orders:
+            if order == "cold":
+                drop_from_page_cache(directory)
+            sample |= worker.ask(order, peer)
     return sample
 
 
@@ -182,26 +197,25 @@ def summarize(
         figures = {}
         for figure in rounds[0]:
             values = [sample[figure] for sample in rounds]
-            if None not in values:
-                figures[figure] = {
-                    "median": statistics.median(values),
-                    "min": min(values),
-                    "max": max(values),
-                    "values": values,
-                }
+            figures[figure] = {
+                "median": statistics.median(values),
+                "min": min(values),
+                "max": max(values),
+                "values": values,
+            }
         peers[peer] = {"is_ceiling": PEERS[peer].is_ceiling, **checked[peer], "figures": figures}
     ceilings = {}
-    for figure in ("durable", "restore"):
+    for figure, related in (("durable", ("return", "durable", "save_cpu")), ("restore", _READ), ("cold", ("cold",))):
         raw = [name for name, peer in peers.items() if peer["is_ceiling"] and figure in peer["figures"]]
         if not raw:
             continue
         best = min(raw, key=lambda name: peers[name]["figures"][figure]["median"])
         ceilings[figure] = best
-        for related in {"durable": ("return", "durable", "save_cpu"), "restore": ("restore", "restore_cpu")}[figure]:
-            base = peers[best]["figures"][related if related.endswith("cpu") else figure]["median"]
+        for one in related:
+            base = peers[best]["figures"][one if one.endswith("cpu") else figure]["median"]
             for peer in peers.values():
-                if related in peer["figures"] and base:
-                    peer["figures"][related]["ratio"] = peer["figures"][related]["median"] / base
+                if one in peer["figures"] and base:
+                    peer["figures"][one]["ratio"] = peer["figures"][one]["median"] / base
     return {
         "title": workload.title,
         "tensors": len(workload.shapes),
@@ -219,15 +233,18 @@ def find_pythons(tensorflow: str) -> dict[str, str]:
 
 
 def choose_peers(wanted: str | None, pythons: dict[str, str], quick: bool) -> list[str]:
-    """Those named, by their beginnings; raises SystemExit for a name that fits none."""
+    """Those named, whole or by their beginnings; raises SystemExit for a name that fits none."""
     available = [name for name, peer in PEERS.items() if peer.environment in pythons]
     if wanted is None:
         return [name for name in available if not (quick and name in _NOT_QUICK)]
-    prefixes = [prefix.strip().lower() for prefix in wanted.split(",")]
-    for prefix in prefixes:
-        if not any(name.lower().startswith(prefix) for name in available):
+    chosen: set[str] = set()
+    for prefix in (prefix.strip().lower() for prefix in wanted.split(",")):
+        exact = [name for name in available if name.lower() == prefix]
+        found = exact or [name for name in available if name.lower().startswith(prefix)]
+        if not found:
             raise SystemExit(f"--peers: {prefix!r} fits none of {', '.join(available)}")
-    return [name for name in available if name.lower().startswith(tuple(prefixes))]
+        chosen.update(found)
+    return [name for name in available if name in chosen]
 
 
 def say(text: str) -> None:
@@ -237,7 +254,7 @@ def say(text: str) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measures gpusaver against other libraries and against raw writes.")
     parser.add_argument("--workload", action="append", choices=list(WORKLOADS), help="may be repeated")
-    parser.add_argument("--peers", help="beginnings of their names, by comma: gpusaver,torch,raw")
+    parser.add_argument("--peers", help="names, or beginnings of several, by comma: gpusaver,torch,raw")
     parser.add_argument("--rounds", type=int, help="default 5; with --quick 2")
     parser.add_argument("--directory", default=os.path.join(ROOT, "build", "bench"), help="where the files go")
     parser.add_argument("--quick", action="store_true", help="a minute: smaller workloads, fewer peers and rounds")
@@ -270,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "workloads": {
             name: run_workload(WORKLOADS[name], peers, pythons, rounds, directory)
             for name in options.workload or (QUICK if options.quick else FULL)
+            if not WORKLOADS[name].in_memory or os.path.isdir(os.path.dirname(_MEMORY))
         },
     }
     print_tables(results)

@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 import zlib
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,21 +24,28 @@ _BATCH_NBYTES = 64 << 20
 _MAX_BUFFERS = 128
 
 
+_WHOLE = frozenset({"save", "restore", "cold"})
+_PARTS = _WHOLE | {"list", "some"}
+
+
 class Peer:
     """Saves ``arrays`` into files in ``directory`` and gets them back from there.
 
     ``environment``: which of the driver's Pythons has the library.  ``process``: peers that name the same share one.
-    ``distributions``: whose versions are reported.  ``is_ceiling``: not a library but what bounds them.
+    ``distributions``: whose versions are reported.  ``is_ceiling``: not a library but what bounds them, and
+    ``is_written`` whether by a file.  ``orders``: what can be measured, as :mod:`worker` names it.
     """
 
     environment: ClassVar[str] = "bench"
     process: ClassVar[str | None] = None
     distributions: ClassVar[tuple[str, ...]] = ()
     is_ceiling: ClassVar[bool] = False
-    is_restored: ClassVar[bool] = True
+    is_written: ClassVar[bool] = True
+    orders: ClassVar[frozenset[str]] = _WHOLE
 
     def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
         self.arrays = arrays
+        self.some = dict(itertools.islice(arrays.items(), 0, None, 100))
         self.block = block
         self.directory = directory
 
@@ -45,8 +53,19 @@ class Peer:
         """Returns when the library says that it is done."""
         raise NotImplementedError
 
+    def wait(self) -> None:
+        """For the end of the last save, if :meth:`save` did not."""
+
     def restore(self) -> None:
         """Returns when the arrays have the values of the last save."""
+        raise NotImplementedError
+
+    def list_names(self) -> int:
+        """How many there are, with their shapes, in a file that has yet to be opened."""
+        raise NotImplementedError
+
+    def restore_some(self, arrays: Arrays) -> None:
+        """The same as :meth:`restore` of some of the arrays."""
         raise NotImplementedError
 
     def clear(self) -> None:
@@ -56,7 +75,7 @@ class Peer:
     def digest(self) -> int:
         value = 0
         for array in self.arrays.values():
-            value = zlib.crc32(array.data.cast("B"), value)
+            value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), value)
         return value
 
     def path(self, name: str) -> str:
@@ -74,13 +93,15 @@ class Gpusaver(Peer):
     """
 
     process = "gpusaver"
-    direct_io: ClassVar[bool | None] = None
+    orders = _PARTS
+    direct_io: ClassVar[Any] = None
     write_meta_graph: ClassVar[bool] = False
 
     def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
         super().__init__(arrays, block, directory)
         import gpusaver
 
+        self._gpusaver = gpusaver
         self._saver = gpusaver.Saver(dict(arrays), direct_io=self.direct_io)
 
     def save(self) -> None:
@@ -88,6 +109,12 @@ class Gpusaver(Peer):
 
     def restore(self) -> None:
         self._saver.restore(self.path("model.ckpt"))
+
+    def list_names(self) -> int:
+        return len(self._gpusaver.list_variables(self.path("model.ckpt")))
+
+    def restore_some(self, arrays: Arrays) -> None:
+        self._gpusaver.Saver(dict(arrays)).restore(self.path("model.ckpt"))
 
     @classmethod
     def versions(cls) -> dict[str, str]:
@@ -104,16 +131,37 @@ class GpusaverDirect(Gpusaver):
     direct_io = True
 
 
+class GpusaverInPlace(Gpusaver):
+    """Around the page cache from where the arrays lie."""
+
+    direct_io = "in_place"
+
+
 class GpusaverMeta(Gpusaver):
     """Each save finds an empty folder, and so writes a `.meta` file; in a training job only the first one does."""
 
     write_meta_graph = True
 
 
+class GpusaverAsync(Gpusaver):
+    """The arrays may change when the call returns."""
+
+    orders = frozenset({"save"})
+
+    def save(self) -> None:
+        self._pending = self._saver.save_async(
+            self.path("model.ckpt"), capture="snapshot", write_meta_graph=self.write_meta_graph
+        )
+
+    def wait(self) -> None:
+        self._pending.result()
+
+
 class Torch(Peer):
     """``torch.save`` of a state dict; back through a mapped file, so that no second state is ever allocated."""
 
     process = "torch"
+    orders = _PARTS
     distributions = ("torch",)
 
     def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
@@ -127,14 +175,26 @@ class Torch(Peer):
         self._torch.save(self._tensors, self.path("state.pt"))
 
     def restore(self) -> None:
-        loaded = self._torch.load(self.path("state.pt"), mmap=True, weights_only=True)
-        for name, tensor in self._tensors.items():
-            tensor.copy_(loaded[name])
+        self._copy_from(self._open(), self._tensors)
+
+    def restore_some(self, arrays: Arrays) -> None:
+        self._copy_from(self._open(), arrays)
+
+    def list_names(self) -> int:
+        return len([(name, tensor.shape) for name, tensor in self._open().items()])
+
+    def _open(self) -> Any:
+        return self._torch.load(self.path("state.pt"), mmap=True, weights_only=True)
+
+    def _copy_from(self, loaded: Any, wanted: Iterable[str]) -> None:
+        for name in wanted:
+            self._tensors[name].copy_(loaded[name])
 
 
 class Dcp(Torch):
     """``torch.distributed.checkpoint`` in one process, which loads in place."""
 
+    orders = _WHOLE
     threads: ClassVar[int] = 1
 
     def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
@@ -155,8 +215,28 @@ class DcpThreads(Dcp):
     threads = 4
 
 
+class DcpAsync(DcpThreads):
+    """The arrays may change when the call returns: they are copied, into memory that is kept for the next time."""
+
+    orders = frozenset({"save"})
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        staging = importlib.import_module("torch.distributed.checkpoint.staging")
+        self._stager = staging.DefaultStager(staging.StagingOptions(False, False, False, False))
+
+    def save(self) -> None:
+        writer = self._dcp.FileSystemWriter(self.path("dcp"), thread_count=self.threads)
+        self._future = self._dcp.async_save(
+            self._tensors, storage_writer=writer, async_stager=self._stager, no_dist=True
+        )
+
+    def wait(self) -> None:
+        self._future.result()
+
+
 class Orbax(Peer):
-    """``StandardCheckpointer``, waited for."""
+    """``StandardCheckpointer``, which writes in the background: the call returns when the arrays may change."""
 
     environment = "orbax"
     distributions = ("orbax-checkpoint", "jax")
@@ -169,6 +249,8 @@ class Orbax(Peer):
 
     def save(self) -> None:
         self._checkpointer.save(self.path("orbax"), self.arrays)
+
+    def wait(self) -> None:
         self._checkpointer.wait_until_finished()
 
     def restore(self) -> None:
@@ -180,6 +262,7 @@ class Orbax(Peer):
 class Safetensors(Peer):
     """``safetensors.numpy``; back tensor by tensor."""
 
+    orders = _PARTS
     distributions = ("safetensors",)
 
     def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
@@ -194,20 +277,33 @@ class Safetensors(Peer):
         self._save_file(self.arrays, self.path("state.safetensors"))
 
     def restore(self) -> None:
+        self.restore_some(self.arrays)
+
+    def restore_some(self, arrays: Arrays) -> None:
         with self._open(self.path("state.safetensors"), framework="numpy") as file:
-            for name, array in self.arrays.items():
+            for name, array in arrays.items():
                 np.copyto(array, file.get_tensor(name))
+
+    def list_names(self) -> int:
+        with self._open(self.path("state.safetensors"), framework="numpy") as file:
+            return len([(name, file.get_slice(name).get_shape()) for name in file.keys()])  # noqa: SIM118
 
 
 class Npz(Peer):
+    """Names can be listed, but not shapes."""
+
+    orders = _WHOLE | {"some"}
     distributions = ("numpy",)
 
     def save(self) -> None:
         np.savez(self.path("state.npz"), **self.arrays)  # type: ignore[arg-type]
 
     def restore(self) -> None:
+        self.restore_some(self.arrays)
+
+    def restore_some(self, arrays: Arrays) -> None:
         with np.load(self.path("state.npz")) as file:
-            for name, array in self.arrays.items():
+            for name, array in arrays.items():
                 np.copyto(array, file[name])
 
 
@@ -280,7 +376,6 @@ class Raw(Peer):
 
     process = "raw"
     is_ceiling = True
-    is_restored = False
     threads: ClassVar[int] = 1
     flags: ClassVar[int] = 0
     copy: ClassVar[memoryview | None] = None
@@ -333,6 +428,27 @@ class Raw(Peer):
             os.close(fd)
 
 
+class Memcpy(Peer):
+    """No file, but a copy of the arrays in memory that was in use before: an asynchronous save cannot do without."""
+
+    process = "raw"
+    is_ceiling = True
+    orders = frozenset({"save"})
+    is_written = False
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        self._copies = {name: array.copy() for name, array in arrays.items()}
+
+    def save(self) -> None:
+        for name, array in self.arrays.items():
+            np.copyto(self._copies[name], array)
+
+    def restore(self) -> None:
+        for name, array in self.arrays.items():
+            np.copyto(array, self._copies[name])
+
+
 def _in_huge_pages(block: memoryview) -> memoryview:
     memory = mmap.mmap(-1, len(block), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -342,7 +458,8 @@ def _in_huge_pages(block: memoryview) -> memoryview:
 
 
 def _raw(threads: int, direct: bool) -> type[Raw]:
-    attributes = {"threads": threads, "flags": os.O_DIRECT if direct else 0, "is_restored": threads == 1 and not direct}
+    orders = frozenset({"save"}) if threads > 1 or direct else _WHOLE
+    attributes = {"threads": threads, "flags": os.O_DIRECT if direct else 0, "orders": orders}
     return type("Raw", (Raw,), attributes)
 
 
@@ -352,14 +469,18 @@ PEERS: dict[str, type[Peer]] = {
     "gpusaver": Gpusaver,
     "gpusaver page cache": GpusaverCached,
     "gpusaver O_DIRECT": GpusaverDirect,
+    "gpusaver in place": GpusaverInPlace,
     "gpusaver and .meta": GpusaverMeta,
+    "gpusaver async": GpusaverAsync,
     "torch.save": Torch,
     "PyTorch DCP": Dcp,
     "PyTorch DCP x4": DcpThreads,
+    "PyTorch DCP x4 async": DcpAsync,
     "safetensors": Safetensors,
     "np.savez": Npz,
     "TensorFlow": TensorFlow,
     "Orbax": Orbax,
+    "memcpy": Memcpy,
     **{
         f"raw {'O_DIRECT' if direct else 'page cache'} x{threads}": _raw(threads, direct)
         for direct, threads in itertools.product(_RAW_MODES, (1, 2, 4))

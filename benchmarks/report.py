@@ -1,6 +1,7 @@
 """Tables of a benchmark's results: on the screen, and as Markdown between two marks of the README.
 
-``python benchmarks/report.py [RESULTS.json] [--readme README.md]`` puts the newest results into the README.
+``python benchmarks/report.py [RESULTS.json]`` puts the newest results into README.md and docs/performance.md, and a
+plot of them into docs/pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 from machine import ROOT
 
+#: Workloads whose tables are in the README; the others are in docs/performance.md.
+_MAIN = ("gpt2", "small")
 START, END = "<!-- results -->", "<!-- /results -->"
 
 #: Heading, figure, unit, whether its range and its ratio to the raw write or read are shown.
@@ -21,6 +24,9 @@ _COLUMNS = (
     ("return s", "return", 1.0, False),
     ("durable s", "durable", 1.0, True),
     ("restore s", "restore", 1.0, True),
+    ("cold s", "cold", 1.0, True),
+    ("open, list s", "list", 1.0, False),
+    ("1 % s", "some", 1.0, False),
     ("CPU s save", "save_cpu", 1.0, False),
     ("restore", "restore_cpu", 1.0, False),
     ("MB more save", "save_peak", 1e6, False),
@@ -28,28 +34,26 @@ _COLUMNS = (
 )
 
 
-def heading() -> list[str]:
-    row = [""]
-    for title, _, _, is_main in _COLUMNS:
-        row += [title, "x raw"] if is_main else [title]
-    return row
-
-
-def rows(workload: dict[str, Any], *, with_range: bool) -> list[list[str]]:
-    """One row per peer, and one for the best raw write and one for the best raw read; fastest to durable first."""
-    shown = [name for name, peer in workload["peers"].items() if not peer["is_ceiling"]]
+def table(workload: dict[str, Any], *, with_range: bool) -> tuple[list[str], list[list[str]]]:
+    """The heading; a row per peer, and for the best raw write and the best raw reads; fastest to durable first."""
+    peers = workload["peers"]
+    shown = [name for name, peer in peers.items() if not peer["is_ceiling"] or "durable" not in peer["figures"]]
     shown += dict.fromkeys(workload["ceilings"].values())
-    shown.sort(key=lambda name: workload["peers"][name]["figures"]["durable"]["median"])
-    table = []
+    shown.sort(key=lambda name: peers[name]["figures"].get("durable", peers[name]["figures"]["return"])["median"])
+    columns = [column for column in _COLUMNS if any(column[1] in peer["figures"] for peer in peers.values())]
+    head = [""]
+    for title, _, _, is_main in columns:
+        head += [title, "x raw"] if is_main else [title]
+    body = []
     for name in shown:
         row = [name]
-        for _, figure, unit, is_main in _COLUMNS:
-            found = workload["peers"][name]["figures"].get(figure)
+        for _, figure, unit, is_main in columns:
+            found = peers[name]["figures"].get(figure)
             row.append(_cell(found, unit, with_range and is_main))
             if is_main:
                 row.append(f"{found['ratio']:.2f}" if found and "ratio" in found else "")
-        table.append(row)
-    return table
+        body.append(row)
+    return head, body
 
 
 def _cell(figure: dict[str, Any] | None, unit: float, with_range: bool) -> str:
@@ -68,7 +72,7 @@ def title(workload: dict[str, Any]) -> str:
 
 def print_tables(results: dict[str, Any]) -> None:
     for workload in results["workloads"].values():
-        print_table(title(workload), heading(), rows(workload, with_range=True))
+        print_table(title(workload), *table(workload, with_range=True))
 
 
 def print_table(caption: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
@@ -89,7 +93,8 @@ def print_table(caption: str, head: Sequence[str], body: Sequence[Sequence[str]]
     Console(width=max(150, Console().width)).print(table)
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any], *, is_main: bool) -> str:
+    """Of the main workloads, or of the others."""
     machine = results["machine"]
     versions = {}
     for workload in results["workloads"].values():
@@ -101,15 +106,44 @@ def markdown(results: dict[str, Any]) -> str:
         f"{machine['system']} {machine['kernel']}, Python {results['python']}, "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         + f"; commit {results['commit']}. Medians of {count} rounds taken in turn. *Durable*: all files and folders "
-        "synced. *Restore*: from the page cache into the existing arrays. *MB more*: peak memory beyond the arrays, "
-        "pages of mapped files included. *x raw*: against the fastest plain write, or read, of the same bytes."
+        "synced. *Restore*: into the existing arrays, from the page cache or *cold*. *MB more*: peak memory beyond the "
+        "arrays, pages of mapped files included. *x raw*: against the fastest plain write, or read, of the same bytes."
     ]
-    for workload in results["workloads"].values():
-        head = heading()
-        lines = [f"| {' | '.join(row)} |" for row in [head, *rows(workload, with_range=False)]]
+    for workload in [workload for name, workload in results["workloads"].items() if (name in _MAIN) == is_main]:
+        head, body = table(workload, with_range=False)
+        lines = [f"| {' | '.join(row)} |" for row in [head, *body]]
         lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
         parts += [f"**{title(workload)}**", "\n".join(lines)]
     return "\n\n".join(parts)
+
+
+def plot(results: dict[str, Any], path: str) -> None:
+    """Writes a PNG: how long each peer takes until the files are durable, and to restore them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    workloads = list(results["workloads"].values())
+    figure, axes = plt.subplots(len(workloads), 2, figsize=(13, 3.2 * len(workloads)), squeeze=False)
+    for workload, row in zip(workloads, axes, strict=True):
+        for measured, axis in zip(("durable", "restore"), row, strict=True):
+            found = {name: peer["figures"] for name, peer in workload["peers"].items() if measured in peer["figures"]}
+            medians = {name: figures[measured]["median"] for name, figures in found.items()}
+            names = sorted(medians, key=lambda name: -medians[name])
+            bars = axis.barh(names, [medians[name] for name in names], color=[_color(name) for name in names])
+            axis.bar_label(bars, [_cell(found[name][measured], 1.0, False) for name in names], padding=3, fontsize=7)
+            axis.set_xscale("log")
+            axis.margins(x=0.15)
+            axis.tick_params(labelsize=7)
+            axis.set_title(f"{workload['title']}: {measured}, seconds", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _color(name: str) -> str:
+    return "tab:green" if name.startswith("gpusaver") else "lightgray" if name.startswith("raw") else "tab:gray"
 
 
 def replace_between_marks(text: str, content: str) -> str:
@@ -123,7 +157,7 @@ def replace_between_marks(text: str, content: str) -> str:
 
 def newest_results() -> str:
     """By the date inside; raises SystemExit if there are none."""
-    paths = glob.glob(os.path.join(ROOT, "benchmarks", "results", "*.json"))
+    paths = glob.glob(os.path.join(ROOT, "benchmarks", "results", "*core.json"))
     if not paths:
         raise SystemExit("benchmarks/results is empty: make bench first")
     return max(paths, key=lambda path: load(path)["date"])
@@ -134,24 +168,25 @@ def load(path: str) -> Any:
         return json.load(file)
 
 
-def update_readme(readme: str, results: dict[str, Any]) -> None:
-    with open(readme, encoding="utf-8") as file:
+def update_document(path: str, content: str) -> None:
+    with open(path, encoding="utf-8") as file:
         text = file.read()
-    with open(readme, "w", encoding="utf-8") as file:
-        file.write(replace_between_marks(text, markdown(results)))
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(replace_between_marks(text, content))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Puts benchmark results into the README.")
+    parser = argparse.ArgumentParser(description="Puts benchmark results into the documents.")
     parser.add_argument("results", nargs="?", help="default: the newest in benchmarks/results")
-    parser.add_argument("--readme", default=os.path.join(ROOT, "README.md"))
     parser.add_argument("--print", action="store_true", help="print the tables instead")
     options = parser.parse_args()
     results = load(options.results or newest_results())
     if options.print:
         print_tables(results)
     else:
-        update_readme(options.readme, results)
+        update_document(os.path.join(ROOT, "README.md"), markdown(results, is_main=True))
+        update_document(os.path.join(ROOT, "docs", "performance.md"), markdown(results, is_main=False))
+        plot(results, os.path.join(ROOT, "docs", "pictures", "bench.png"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 
     save torch.save     ->  {"durable": 1.25, ...}
 
-Orders: ``check`` (save, wipe, restore, compare), ``save``, ``restore``; the end of the input ends the process.
+Orders: ``check`` (save, wipe, restore, compare), ``save``; and of what was saved last ``restore``, ``cold`` (the same:
+the driver has seen to it that no file is in the page cache), ``list`` (opened, and all names and shapes asked for) and
+``some`` (1 % of the names restored).  The end of the input ends the process.
 The files are always those in the directory given; the driver empties it between orders.  Peers that need no library
 share a process.
 """
@@ -18,6 +20,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from peers import PEERS, Peer
@@ -54,48 +57,63 @@ def reset_peak() -> None:
 
 
 class Worker:
-    def __init__(self, peer: Peer, state: State) -> None:
+    def __init__(self, peer: Peer) -> None:
         self._peer = peer
-        self._state = state
-        self._resident_before = resident("VmRSS")
+        self._kept = 0  # of memory, by what this peer has done so far
 
     def check(self) -> dict[str, Any]:
         expected = self._peer.digest()
-        self._peer.save()
-        self._peer.clear()
-        self._peer.restore()
+        with self._watched({}, "check"):
+            self._peer.save()
+            self._peer.wait()
+            self._peer.clear()
+            self._peer.restore()
         found = self._peer.digest()
         if found != expected:
             raise AssertionError(f"checksum {expected:#x} before the save, {found:#x} after the restore")
         return {"stored_files": len(os.listdir(self._peer.directory)), "versions": self._peer.versions()}
 
     def save(self) -> dict[str, Any]:
+        sample: dict[str, Any] = {}
+        with self._watched(sample, "save"):
+            start = time.perf_counter()
+            self._peer.save()
+            sample["return"] = time.perf_counter() - start
+            if self._peer.is_written:
+                self._peer.wait()
+                sync_tree(self._peer.directory)
+                sample["durable"] = time.perf_counter() - start
+        return sample
+
+    def read(self, order: str) -> dict[str, Any]:
+        calls = {"restore": self._peer.restore, "cold": self._peer.restore, "list": self._list, "some": self._some}
+        sample: dict[str, Any] = {}
+        with self._watched(sample, order):
+            start = time.perf_counter()
+            calls[order]()
+            sample[order] = time.perf_counter() - start
+        return sample
+
+    def _list(self) -> None:
+        count = self._peer.list_names()
+        if count != len(self._peer.arrays):
+            raise AssertionError(f"{count} names were listed, {len(self._peer.arrays)} saved")
+
+    def _some(self) -> None:
+        self._peer.restore_some(self._peer.some)
+
+    @contextlib.contextmanager
+    def _watched(self, sample: dict[str, Any], figure: str) -> Iterator[None]:
+        """Adds CPU seconds, and the peak of memory beyond what the process would have held but for this peer."""
         gc.collect()
         reset_peak()
-        cpu, start = time.process_time(), time.perf_counter()
-        self._peer.save()
-        returned = time.perf_counter()
-        sync_tree(self._peer.directory)
-        durable = time.perf_counter()
-        return {
-            "return": returned - start,
-            "durable": durable - start,
-            "save_cpu": time.process_time() - cpu,
-            "save_peak": self._peak(),
-        }
-
-    def restore(self) -> dict[str, Any]:
-        gc.collect()
-        reset_peak()
-        cpu, start = time.process_time(), time.perf_counter()
-        self._peer.restore()
-        end = time.perf_counter()
-        return {"restore": end - start, "restore_cpu": time.process_time() - cpu, "restore_peak": self._peak()}
-
-    def _peak(self) -> int | None:
-        """Bytes beyond what the process held, arrays included, before it first saved."""
-        peak = resident("VmHWM")
-        return None if peak is None or self._resident_before is None else max(0, peak - self._resident_before)
+        before, cpu = resident("VmRSS"), time.process_time()
+        yield
+        sample[f"{figure}_cpu"] = time.process_time() - cpu
+        peak, after = resident("VmHWM"), resident("VmRSS")
+        if before is not None and peak is not None and after is not None:
+            sample[f"{figure}_peak"] = max(0, peak - before + self._kept)
+            self._kept += after - before
 
 
 def main() -> None:
@@ -106,16 +124,16 @@ def main() -> None:
     try:
         state = State(WORKLOADS[workload_name], int(fd))
         peers = {name: PEERS[name](state.arrays, state.block, directory) for name in names}
-        workers = {name: Worker(peer, state) for name, peer in peers.items()}
+        workers = {name: Worker(peer) for name, peer in peers.items()}
         drops = os.environ.get(DROPS) == "1"
         if drops:
             state.drop()
         print(json.dumps({}), file=answers)
         for line in sys.stdin:
             order, _, name = line.rstrip("\n").partition(" ")
-            orders = {"check": workers[name].check, "save": workers[name].save, "restore": workers[name].restore}
+            worker = workers[name]
             state.fill()
-            answer = orders[order]()
+            answer = worker.check() if order == "check" else worker.save() if order == "save" else worker.read(order)
             if drops:
                 state.drop()
             print(json.dumps(answer), file=answers)

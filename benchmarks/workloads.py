@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,15 +29,25 @@ _PAGE_NBYTES = 4096
 _MADV_DONTNEED = 4
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
+_BOTH = ("save", "restore")
+
 Shape = tuple[int, ...]
 Arrays = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
 
 
 @dataclass(frozen=True)
 class Workload:
+    """``orders``: what is measured, as :mod:`worker` names it.  ``peers``: beginnings of the names of those that take
+    part, None for all.  ``is_transposed``: matrices lie in Fortran order.  ``in_memory``: the files go to /dev/shm.
+    """
+
     name: str
     title: str
     shapes: dict[str, Shape]
+    orders: tuple[str, ...] = _BOTH
+    peers: tuple[str, ...] | None = None
+    is_transposed: bool = False
+    in_memory: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -86,11 +96,36 @@ def _small(count: int) -> dict[str, Shape]:
     return {f"layer_{i // 100:03d}/tensor_{i % 100:02d}": (size,) for i, size in enumerate(sizes.tolist())}
 
 
+def _mixed() -> dict[str, Shape]:
+    return _training_state(_gpt2_small()) | {f"scalars/{i:04d}": () for i in range(5_000)}
+
+
+#: Those that one might choose for speed: where all of them would take too long.
+_FEW = ("gpusaver", "torch.save", "safetensors", "raw page cache x1", "raw O_DIRECT x4")
+_SOME = (*_FEW, "np.savez")
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("gpt2", "GPT-2 small, float32, with Adam", _training_state(_gpt2_small())),
+        Workload("gpt2", "GPT-2 small, float32, with Adam", _training_state(_gpt2_small()), (*_BOTH, "cold")),
         Workload("small", "10,000 tensors of 1-16 KiB", _small(10_000)),
+        Workload(
+            "gpt2-memory",
+            "GPT-2 small with Adam, to memory (/dev/shm)",
+            _training_state(_gpt2_small()),
+            peers=_FEW,
+            in_memory=True,
+        ),
+        Workload("small-100k", "100,000 tensors of 1-16 KiB", _small(100_000), (*_BOTH, "list", "some"), _SOME),
+        Workload("one", "one tensor of 4 GB", {"w": (1_000_000_000,)}, peers=_FEW),
+        Workload("mixed", "GPT-2 small with Adam, and 5,000 scalars", _mixed(), peers=_FEW),
+        Workload(
+            "strided",
+            "GPT-2 small, weights alone, matrices in Fortran order",
+            _gpt2_small(),
+            peers=_SOME,
+            is_transposed=True,
+        ),
         Workload("gpt2-quick", "GPT-2 small, float32, weights alone", _gpt2_small()),
         Workload("small-quick", "2,000 tensors of 1-16 KiB", _small(2_000)),
     )
@@ -118,7 +153,8 @@ class State:
 
     def __init__(self, workload: Workload, fd: int) -> None:
         self.block = memoryview(mmap.mmap(fd, workload.offsets[-1], prot=mmap.PROT_READ))
-        self.arrays: Arrays = {name: np.empty(shape, np.float32) for name, shape in workload.shapes.items()}
+        order: Literal["F", "C"] = "F" if workload.is_transposed else "C"
+        self.arrays: Arrays = {name: np.empty(shape, np.float32, order) for name, shape in workload.shapes.items()}
         self._offsets = workload.offsets
         self.fill()
 

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gpusaver.metagraph.building import saver_scope, variables_meta_graph
 from gpusaver.metagraph.nodes import Names, node_name
-from gpusaver.metagraph.rewriting import encoded, remove_devices
 from gpusaver.metagraph.saver_nodes import Saveable, names_of_saver
 from gpusaver.metagraph.variables import GraphVariable, Part
 from gpusaver.pipeline.commit import FileVersion, MetaFile
 from gpusaver.pipeline.plan import Plan
+from gpusaver.protos.meta_graph_pb2 import MetaGraphDef
 from gpusaver.storage.base import Storage
 from gpusaver.tensor import TensorSlice, TensorSpec
 from gpusaver.variables import Leaf, Variable
 
 if TYPE_CHECKING:
-    from gpusaver.protos import MetaGraphDef, SaverDef
+    from gpusaver.protos.saver_pb2 import SaverDef
 
 #: Other nodes of a variable: no variable may be called so.
 _BELOW = ("Assign", "Read/ReadVariableOp")
@@ -34,6 +34,10 @@ class SaverOptions(NamedTuple):
     reshape: bool
     max_to_keep: int
     keep_checkpoint_every_n_hours: float | None
+
+    @property
+    def hours(self) -> float:
+        return self.keep_checkpoint_every_n_hours or _NO_HOURS
 
 
 class Described(NamedTuple):
@@ -52,7 +56,7 @@ class MetaContent:
 
     _written: FileVersion | None = None
 
-    def content(self) -> bytes:
+    def content(self) -> bytes | bytearray:
         """The bytes of a `.meta` file."""
         raise NotImplementedError
 
@@ -72,12 +76,12 @@ class Description(MetaContent):
     def __init__(self, variables: Sequence[Described], options: SaverOptions) -> None:
         self._variables = variables
         self._options = options
-        self._content: bytes | None = None
+        self._content: bytearray | None = None
 
-    def content(self) -> bytes:
+    def content(self) -> bytearray:
         """The bytes of a `.meta` file.  Without devices: one that is missing would keep TensorFlow from restoring."""
         if self._content is None:
-            self._content = encoded(self.meta_graph(clear_devices=True))
+            self._content = self._serialized(None, None, clear_devices=True)
         return self._content
 
     def meta_graph(
@@ -88,34 +92,36 @@ class Description(MetaContent):
         clear_devices: bool = False,
     ) -> MetaGraphDef:
         """See :meth:`gpusaver.Saver.export_meta_graph`."""
+        octets = self._serialized(collection_list, export_scope, clear_devices=clear_devices)
+        return MetaGraphDef.FromString(bytes(octets))
+
+    def _serialized(
+        self, collection_list: Collection[str] | None, export_scope: str | None, *, clear_devices: bool
+    ) -> bytearray:
         scope = f"{export_scope.rstrip('/')}/" if export_scope else ""
         saveables = [
             Saveable(key, variable._replace(name=variable.name.removeprefix(scope)))
             for key, variable in self._saveables()
             if variable.name.startswith(scope)
         ]
-        meta_graph = variables_meta_graph(
+        return variables_meta_graph(
             saveables,
             scope=self._options.name,
             sharded=self._options.sharded,
             reshape=self._options.reshape,
             filename=self._options.filename or "model",
             collections=collection_list,
+            max_to_keep=self._options.max_to_keep,
+            keep_checkpoint_every_n_hours=self._options.hours,
+            clear_devices=clear_devices,
         )
-        self._add_retention(meta_graph.saver_def)
-        if clear_devices:
-            remove_devices(meta_graph)
-        return meta_graph
 
     def saver_def(self) -> SaverDef:
         names = [variable.name for _, variable in self._saveables()]
         saver_def = names_of_saver(saver_scope(names, self._options.name), self._options.sharded)
-        self._add_retention(saver_def)
-        return saver_def
-
-    def _add_retention(self, saver_def: SaverDef) -> None:
         saver_def.max_to_keep = self._options.max_to_keep
-        saver_def.keep_checkpoint_every_n_hours = self._options.keep_checkpoint_every_n_hours or _NO_HOURS
+        saver_def.keep_checkpoint_every_n_hours = self._options.hours
+        return saver_def
 
     def _saveables(self) -> list[Saveable]:
         names = _VariableNames()

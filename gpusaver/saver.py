@@ -68,8 +68,8 @@ class Saver:
     kernels come on top, 256 KiB each, a few per device.)  ``check_captures``: for debugging; "deferred" saves read
     everything three times, and their fences raise FailedPreconditionError for variables that were changed too early.
     ``direct_io``: None decides by directory and size, True or False for all; "in_place" is True, but large arrays in
-    huge pages are written from where they lie instead of by way of the ring, which takes less CPU time and, on some
-    disks, longer.  ``strict``: every save is read again from
+    huge pages are written from where they lie instead of by way of the ring: that takes less CPU time, and where bytes
+    lie in the files depends on where they lay in memory.  ``strict``: every save is read again from
     the medium and verified before it replaces anything or counts as durable, DataLossError if it differs; it takes the
     time of a read.  (The system's cache is dropped for that; what a disk answers from memory of its own nobody can
     tell.)  ``incremental``: variables that do not change get data files of their own, and one that would hold what that

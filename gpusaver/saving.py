@@ -128,7 +128,7 @@ class Saving:
             )
             for number, copy in zip(part.numbers, copies, strict=True):
                 sources[number] = Source(runtime, copy)
-        return Save(save.plan, sources, save.string_checksums)
+        return Save(save.plan, sources, save.string_checksums, is_snapshot=True)
 
     def _reason_to_block(self, parts: Sequence[_Part]) -> str:
         """Why "auto" takes no snapshot: it must leave the training as much of the free memory as it takes itself."""
@@ -227,7 +227,7 @@ class Saving:
             on_staged=pending.mark_captured if is_last else lambda: None,
             cancelled=pending.cancel_requested,
             timeline=pending.timeline,
-            in_place=self._in_place,
+            in_place=self._in_place or save.is_snapshot,
         )
 
     def _write_changed(

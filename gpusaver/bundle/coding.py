@@ -55,6 +55,11 @@ def varint(number: int) -> bytes:
     return (spread | 0x80808080).to_bytes(4, "little") + varint(number >> 28)
 
 
+def field(tag: bytes, content: bytes) -> bytes:
+    """A field of a message whose content has a length: a string, bytes or a message."""
+    return tag + varint(len(content)) + content
+
+
 def read_varint32(data: bytes, position: int, limit: int) -> tuple[int, int]:
     """Decodes the varint at ``position``: ``(number, position after it)``.
 

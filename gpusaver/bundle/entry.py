@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from gpusaver.bundle.coding import CACHED_SLICES, varint
+from gpusaver.bundle.coding import CACHED_SLICES, field, varint
 from gpusaver.errors import DataLossError, InvalidArgumentError, UnimplementedError
 from gpusaver.protos import tensor_bundle_pb2, types_pb2
 from gpusaver.tensor import MAX_ELEMENTS, DataType, TensorSlice, TensorSpec
@@ -69,12 +69,12 @@ def encode_entry(entry: Entry) -> bytes:
 
 @functools.lru_cache(maxsize=4096)
 def _shape_field(shape: tuple[int, ...]) -> bytes:
-    return _field(b"\x12", b"".join(_field(b"\x12", b"\x08" + varint(size) if size else b"") for size in shape))
+    return field(b"\x12", b"".join(field(b"\x12", b"\x08" + varint(size) if size else b"") for size in shape))
 
 
 @functools.lru_cache(maxsize=CACHED_SLICES)
 def _slice_field(part: TensorSlice) -> bytes:
-    return _field(b"\x3a", b"".join(_field(b"\x0a", _extent(extent)) for extent in part.extents))
+    return field(b"\x3a", b"".join(field(b"\x0a", _extent(extent)) for extent in part.extents))
 
 
 def _extent(extent: tuple[int, int] | None) -> bytes:
@@ -82,10 +82,6 @@ def _extent(extent: tuple[int, int] | None) -> bytes:
         return b""
     start, length = extent
     return (b"\x08" + varint(start) if start else b"") + b"\x10" + varint(length)
-
-
-def _field(tag: bytes, content: bytes) -> bytes:
-    return tag + varint(len(content)) + content
 
 
 def decode_entry(value: bytes, num_shards: int) -> Entry:

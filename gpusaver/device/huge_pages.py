@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+import threading
 
 import numpy as np
 
@@ -24,27 +25,35 @@ _PAGE_IS_HUGE = 1 << 6
 _ARGUMENT = struct.Struct("=12Q")
 _PAGE = 4096
 
-_region = np.zeros(3, np.uint64)  # what the call fills in; only the number of regions is of interest
-_region_address = _region.ctypes.data
+_MAX_REGIONS = 16
+
+_found = threading.local()
 
 
-def is_in_huge_page(address: int) -> bool:
-    """Whether this byte of the process lies in one; False where the system does not say."""
+def huge_region(begin: int, end: int) -> tuple[int, int]:
+    """The longest part of [begin, end) that lies in huge pages, side by side; an empty one if the system does not say.
+
+    ``begin`` and ``end``: addresses in this process.
+    """
     pages = _page_map(os.getpid())
-    if pages < 0:
-        return False
-    start = address // _PAGE * _PAGE
+    if pages < 0 or begin >= end:
+        return begin, begin
+    if not hasattr(_found, "regions"):
+        _found.regions = np.zeros((_MAX_REGIONS, 3), np.uint64)  # start, end and categories of each
+        _found.address = _found.regions.ctypes.data
     argument = bytearray(
         _ARGUMENT.pack(
-            *(_ARGUMENT.size, 0, start, start + _PAGE, 0, _region_address, 1, 0),
+            *(_ARGUMENT.size, 0, begin // _PAGE * _PAGE, -(-end // _PAGE) * _PAGE, 0, _found.address, _MAX_REGIONS, 0),
             *(0, _PAGE_IS_HUGE, 0, _PAGE_IS_HUGE),
         )
     )
     try:
-        found: int = fcntl.ioctl(pages, _PAGEMAP_SCAN, argument)  # regions
+        count: int = fcntl.ioctl(pages, _PAGEMAP_SCAN, argument)
     except OSError:  # an older kernel, or a sandbox
-        return False
-    return found > 0
+        return begin, begin
+    regions = [(int(first), int(last)) for first, last, _ in _found.regions[:count]]
+    first, last = max(regions, key=lambda region: region[1] - region[0], default=(begin, begin))
+    return max(first, begin), min(last, end)
 
 
 @functools.cache

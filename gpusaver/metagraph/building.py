@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from gpusaver.bundle.coding import field, varint
 from gpusaver.metagraph.collections import GLOBAL_STEP, TRAINABLE_VARIABLES, VARIABLES, collection_def
 from gpusaver.metagraph.nodes import Names, constant, node_name
 from gpusaver.metagraph.saver_nodes import Saveable, saver_nodes
 from gpusaver.metagraph.tensors import zeros_proto
 from gpusaver.metagraph.variables import GraphVariable, variable_def, variable_nodes
-from gpusaver.protos.graph_pb2 import GraphDef
+from gpusaver.protos.graph_pb2 import GraphDef, NodeDef
 from gpusaver.protos.meta_graph_pb2 import MetaGraphDef
-from gpusaver.protos.saver_pb2 import SaverDef
 from gpusaver.protos.types_pb2 import VersionDef
 from gpusaver.tensor import DataType
 
@@ -31,35 +31,43 @@ def variables_meta_graph(
     reshape: bool = False,
     filename: str = "model",
     collections: Collection[str] | None = None,
-) -> MetaGraphDef:
-    """The variables of ``saveables`` (sorted by key), the nodes of a Saver over them, and the collections.
+    max_to_keep: int = 0,
+    keep_checkpoint_every_n_hours: float = 0.0,
+    clear_devices: bool = False,
+) -> bytearray:
+    """A serialized MetaGraphDef: the variables of ``saveables`` (sorted by key), a Saver's nodes, the collections.
 
     ``scope``: of the Saver's nodes, as :func:`saver_scope` takes it.  ``collections``: which of "variables",
-    "trainable_variables" and "global_step" to write; None: all.
+    "trainable_variables" and "global_step" to write; None: all.  ``clear_devices``: no node says where it runs.
     """
-    graph = GraphDef(versions=VersionDef(producer=_PRODUCER))
+    graph = _Graph(clear_devices)
     listed: dict[str, list[bytes]] = {VARIABLES: [], TRAINABLE_VARIABLES: [], GLOBAL_STEP: []}
     names = [variable.name for _, variable in saveables]
     zeros = _Zeros(graph, _free_scope("zeros", names))
     for key, variable in saveables:
         initial = zeros.of(variable)
-        graph.node.extend(variable_nodes(variable, initial))
+        for made in variable_nodes(variable, initial):
+            graph.append(made)
         item = variable_def(variable, initial).SerializeToString()
         listed[VARIABLES].append(item)
         if variable.trainable:
             listed[TRAINABLE_VARIABLES].append(item)
         if key == GLOBAL_STEP and variable.dtype in (DataType.int64, DataType.int32) and variable.shape == ():
             listed[GLOBAL_STEP].append(item)
-    saver_def = SaverDef()
+    rest = MetaGraphDef()
     if saveables:
         found = saver_scope(names, scope)
-        nodes, saver_def = saver_nodes(saveables, scope=found, sharded=sharded, reshape=reshape, filename=filename)
-        graph.node.extend(nodes)
-    meta_graph = MetaGraphDef(graph_def=graph, saver_def=saver_def)
+        rest.saver_def.CopyFrom(
+            saver_nodes(saveables, scope=found, sharded=sharded, reshape=reshape, filename=filename, emit=graph.append)
+        )
+    rest.saver_def.max_to_keep = max_to_keep
+    rest.saver_def.keep_checkpoint_every_n_hours = keep_checkpoint_every_n_hours
     for key, items in listed.items():
         if items and (collections is None or key in collections):
-            meta_graph.collection_def[key].CopyFrom(collection_def(items))
-    return meta_graph
+            rest.collection_def[key].CopyFrom(collection_def(items))
+    octets = graph.finished()
+    octets += rest.SerializeToString(deterministic=True)
+    return octets
 
 
 def saver_scope(names: Sequence[str], wanted: str | None = None) -> str:
@@ -67,10 +75,35 @@ def saver_scope(names: Sequence[str], wanted: str | None = None) -> str:
     return _free_scope(node_name(wanted or "save").replace("/", "_"), names)
 
 
+class _Graph:
+    """The field ``graph_def`` of a MetaGraphDef, serialized node by node.
+
+    As messages a graph of many variables takes ten times its bytes.  The fields written by hand are those of
+    tensorflow/core/framework/graph.proto and tensorflow/core/protobuf/meta_graph.proto.
+    """
+
+    _NODE, _GRAPH_DEF = b"\x0a", b"\x12"
+
+    def __init__(self, clear_devices: bool) -> None:
+        self._octets = bytearray()
+        self._clear_devices = clear_devices
+
+    def append(self, node: NodeDef) -> None:
+        if self._clear_devices:
+            node.device = ""
+        self._octets += field(self._NODE, node.SerializeToString(deterministic=True))
+
+    def finished(self) -> bytearray:
+        octets = self._octets
+        octets += GraphDef(versions=VersionDef(producer=_PRODUCER)).SerializeToString()
+        octets[:0] = self._GRAPH_DEF + varint(len(octets))
+        return octets
+
+
 class _Zeros:
     """The constants that are initial values, one for each type and shape."""
 
-    def __init__(self, graph: GraphDef, scope: str) -> None:
+    def __init__(self, graph: _Graph, scope: str) -> None:
         self._graph = graph
         self._scope = scope
         self._names = Names()
@@ -82,7 +115,7 @@ class _Zeros:
         kind = (variable.dtype, variable.shape)
         if kind not in self._made:
             self._made[kind] = f"{self._scope}/{self._names.unique(variable.dtype.name)}"
-            self._graph.node.append(constant(self._made[kind], zeros_proto(*kind)))
+            self._graph.append(constant(self._made[kind], zeros_proto(*kind)))
         return self._made[kind]
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,14 +60,16 @@ def saver_nodes(
     sharded: bool = False,
     reshape: bool = False,
     filename: str = "model",
-) -> tuple[list[NodeDef], SaverDef]:
+    emit: Callable[[NodeDef], object],
+) -> SaverDef:
     """Saves and restores ``saveables``, sorted by key, the parts of one variable side by side.
 
-    ``scope``: a prefix that no node of the graph has.  ``sharded``: a shard per distinct device, in the order of their
-    names.  ``reshape``: stored shapes may differ from the variables'.  The SaverDef has the three names, ``sharded``
-    and the version; retention is the caller's.
+    ``emit`` gets one node after the other: a large graph takes ten times the memory of its bytes.  ``scope``: a prefix
+    that no node of the graph has.  ``sharded``: a shard per distinct device, in the order of their names.  ``reshape``:
+    stored shapes may differ from the variables'.  The SaverDef has the three names, ``sharded`` and the version;
+    retention is the caller's.
     """
-    nodes = _Scope(scope)
+    nodes = _Scope(scope, emit)
     prefix = nodes.constant("filename/input", filename)
     for name in ("filename", "Const"):
         prefix = nodes.add("PlaceholderWithDefault", name, [prefix], dtype=DataType.string, shape=())
@@ -90,7 +92,7 @@ def saver_nodes(
         saver_def.save_tensor_name,
         saver_def.restore_op_name,
     ]
-    return nodes.made, saver_def
+    return saver_def
 
 
 def names_of_saver(scope: str, sharded: bool) -> SaverDef:
@@ -105,12 +107,12 @@ def names_of_saver(scope: str, sharded: bool) -> SaverDef:
 
 
 class _Scope:
-    """The nodes made so far, all below one scope; clashes get a number, as in TensorFlow."""
+    """Makes nodes, all below one scope; clashes get a number, as in TensorFlow."""
 
-    def __init__(self, scope: str) -> None:
+    def __init__(self, scope: str, emit: Callable[[NodeDef], object]) -> None:
         self._scope = scope
         self._names = Names()
-        self.made: list[NodeDef] = []
+        self.emit = emit
 
     def name(self, base: str) -> str:
         return f"{self._scope}/{self._names.unique(base)}"
@@ -118,12 +120,12 @@ class _Scope:
     def add(self, op: str, base: str, inputs: Sequence[str], device: str = "", **attributes: Any) -> str:
         """``inputs``: names as this returned them.  Returns the node's."""
         name = self.name(base)
-        self.made.append(node(op, name, inputs, device, **attributes))
+        self.emit(node(op, name, inputs, device, **attributes))
         return name
 
     def constant(self, base: str, value: Any, device: str = "") -> str:
         name = self.name(base)
-        self.made.append(constant(name, value, device))
+        self.emit(constant(name, value, device))
         return name
 
     def checkpoint_op(
@@ -134,9 +136,10 @@ class _Scope:
         keys = [saveable.key for saveable in saveables]
         specs = [slice_spec(saveable.variable.part) for saveable in saveables]
         names, slices = f"{name}/tensor_names", f"{name}/shape_and_slices"
-        self.made += [constant(names, _strings(keys), device), constant(slices, _strings(specs), device)]
+        self.emit(constant(names, _strings(keys), device))
+        self.emit(constant(slices, _strings(specs), device))
         dtypes = [saveable.variable.dtype for saveable in saveables]
-        self.made.append(node(op, name, [first, names, slices, *values], device, dtypes=dtypes))
+        self.emit(node(op, name, [first, names, slices, *values], device, dtypes=dtypes))
         return name
 
 
@@ -166,17 +169,15 @@ def _save_sharded(nodes: _Scope, prefix: str, shards: Sequence[tuple[str, Sequen
     for number, (device, members) in enumerate(shards):
         host = on_host(device)
         filename = nodes.name("ShardedFilename")
-        nodes.made.append(constant(f"{filename}/shard", np.int32(number), host))
-        nodes.made.append(node("ShardedFilename", filename, [stem, f"{filename}/shard", count], host))
+        nodes.emit(constant(f"{filename}/shard", np.int32(number), host))
+        nodes.emit(node("ShardedFilename", filename, [stem, f"{filename}/shard", count], host))
         save = _save(nodes, filename, members, host)
         filenames.append(filename)
         saved.append(_after(nodes, "control_dependency", filename, [save], host))
     merge = nodes.name("MergeV2Checkpoints")
     pack = f"{merge}/checkpoint_prefixes"
-    nodes.made += [
-        node("Pack", pack, [*filenames, *_controls(saved)], N=len(shards), T=DataType.string, axis=0),
-        node("MergeV2Checkpoints", merge, [pack, prefix], delete_old_dirs=True),
-    ]
+    nodes.emit(node("Pack", pack, [*filenames, *_controls(saved)], N=len(shards), T=DataType.string, axis=0))
+    nodes.emit(node("MergeV2Checkpoints", merge, [pack, prefix], delete_old_dirs=True))
     return _after(nodes, "Identity", prefix, [merge, *saved])
 
 
@@ -190,10 +191,9 @@ def _restore(nodes: _Scope, prefix: str, saveables: Sequence[Saveable], reshape:
         has_shape = reshape and is_fully_known(variable.shape)
         if has_shape:
             reshaped = nodes.name("Reshape")
-            nodes.made += [
-                constant(f"{reshaped}/shape", np.array(variable.shape, np.int64), device),
-                node("Reshape", reshaped, [value, f"{reshaped}/shape"], device, T=dtype, Tshape=DataType.int64),
-            ]
+            nodes.emit(constant(f"{reshaped}/shape", np.array(variable.shape, np.int64), device))
+            types = {"T": dtype, "Tshape": DataType.int64}
+            nodes.emit(node("Reshape", reshaped, [value, f"{reshaped}/shape"], device, **types))
             value = reshaped
         if variable.is_resource:
             value = nodes.add("Identity", "Identity", [value], device, T=dtype)

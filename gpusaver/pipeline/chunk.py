@@ -18,7 +18,7 @@ from gpusaver.bundle.crc import combine, crc32c
 from gpusaver.bundle.layout import Chunk, Piece
 from gpusaver.device import Transfer
 from gpusaver.device.host import address, byte_view, is_plain
-from gpusaver.device.huge_pages import is_in_huge_page
+from gpusaver.device.huge_pages import huge_region
 from gpusaver.tensor import Buffer
 
 CHUNK_NBYTES = 8 * 1024 * 1024
@@ -72,16 +72,17 @@ class InPlace(NamedTuple):
 
 
 def find_in_place(piece: Piece, array: Any, alignment: int) -> InPlace | None:
-    """None for a NumPy array that does not lie as it is stored, otherwise than the chunk modulo ``alignment``, or in
-    small pages."""
+    """None for a NumPy array that does not lie as it is stored, or otherwise than the chunk modulo ``alignment``, or
+    that has little in huge pages."""
     _, start, offset, nbytes = piece
     if not is_plain(array):
         return None
     first_address = address(array) + start
-    if (first_address - offset) % alignment or not is_in_huge_page(first_address + nbytes // 2):
+    if (first_address - offset) % alignment:
         return None
-    begin, end = -(-offset // alignment) * alignment, (offset + nbytes) // alignment * alignment
-    if begin >= end:
+    first, last = (place - first_address + offset for place in huge_region(first_address, first_address + nbytes))
+    begin, end = -(-first // alignment) * alignment, last // alignment * alignment
+    if end - begin < IN_PLACE_NBYTES:
         return None
     view = byte_view(array)[start : start + nbytes]
     edges = [

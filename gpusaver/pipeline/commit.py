@@ -45,7 +45,7 @@ class MetaFile(NamedTuple):
     """A `.meta` file to be.  ``twin``: one that got the same content; if that is still so, one file serves both."""
 
     path: str
-    content: Callable[[], bytes]
+    content: Callable[[], bytes | bytearray]
     twin: FileVersion | None
 
 
@@ -287,7 +287,7 @@ class BundleCommit:
                 self._written.pop().abort()  # somebody has changed the twin
         return self._write(self._meta_temporary, meta.content())
 
-    def _write(self, temporary: str, content: bytes) -> WritableFile:
+    def _write(self, temporary: str, content: bytes | bytearray) -> WritableFile:
         """A small file, complete and durable under its temporary name."""
         file = self._storage.create(temporary, len(content))
         self._written.append(file)

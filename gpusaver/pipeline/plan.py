@@ -20,7 +20,7 @@ from gpusaver.bundle.slices import check_tiling, slice_key
 from gpusaver.bundle.strings import encode_strings
 from gpusaver.device import HOST, Runtime, admit
 from gpusaver.device.host import address, is_plain
-from gpusaver.device.huge_pages import is_in_huge_page
+from gpusaver.device.huge_pages import huge_region
 from gpusaver.errors import InternalError, InvalidArgumentError
 from gpusaver.pipeline.save import Source
 from gpusaver.tensor import TensorSlice, TensorSpec
@@ -130,12 +130,14 @@ class Plan:
 class Save:
     """The variables at one moment: a plan and the arrays it applies to.
 
-    ``string_checksums``: by tensor number, for tensors whose checksum is not that of their bytes.
+    ``string_checksums``: by tensor number, for tensors whose checksum is not that of their bytes.  ``is_snapshot``: the
+    arrays are copies, which lie in memory as in the files.
     """
 
     plan: Plan
     sources: list[Source]
     string_checksums: dict[int, int]
+    is_snapshot: bool = False
 
     def moved(self, *, around_cache: bool) -> Save:
         """``around_cache``: host arrays in huge pages lie in the files as in memory, to be written from there."""
@@ -147,7 +149,8 @@ class Save:
                 if runtime is not HOST or not is_plain(array) or not array.flags.aligned:
                     continue
                 start = address(array)
-                if start % PAGE and is_in_huge_page(start + array.nbytes // 2):
+                first, last = huge_region(start, start + array.nbytes)
+                if start % PAGE and first < last:
                     phases[number] = start % PAGE
         plan = self.plan.moved(phases)
         return self if plan is self.plan else replace(self, plan=plan)

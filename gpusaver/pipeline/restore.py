@@ -15,13 +15,19 @@ from gpusaver.bundle.crc import crc32c, unmask
 from gpusaver.bundle.entry import Entry, Ranges
 from gpusaver.bundle.layout import Chunk, chunks
 from gpusaver.device import HOST, Runtime, Transfer
-from gpusaver.device.host import is_plain
+from gpusaver.device.host import address, is_plain
 from gpusaver.errors import DataLossError
 from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers
 from gpusaver.pipeline.workers import LazySlot, Ring, Slots, work_off
 from gpusaver.storage.base import ReadableFile
 from gpusaver.tensor import Buffer
 
+#: The kernel copies at half the speed between memory and page cache where one is shifted against the other by anything
+#: else than a multiple of this (docs/performance.md): larger pieces are read into the slot and copied from there.
+_COPY_ALIGNMENT = 64
+_STAGED_NBYTES = 256 * 1024
+#: Where there are many in a chunk, none is so large that looking at each would pay.
+_FEW_PIECES = 64
 #: Reading through a gap of this size costs less than a second read.
 _MAX_GAP = 64 * 1024
 #: Where the bytes of gaps go; nobody looks at them, so threads may share it.
@@ -219,6 +225,12 @@ def _views(chunk: Chunk, reads: Reads) -> list[Buffer | None]:
     for number in chunk.cut:
         piece = chunk.piece(number)
         views[number] = HOST.view(arrays[piece.tensor], piece.start, piece.nbytes)
+    if len(views) < _FEW_PIECES and chunk.offset % _COPY_ALIGNMENT == 0:
+        for number, view in enumerate(views):
+            piece = chunk.piece(number)
+            distance = address(arrays[piece.tensor]) + piece.start - piece.offset if view is not None else 0
+            if distance % _COPY_ALIGNMENT and piece.nbytes >= _STAGED_NBYTES:
+                views[number] = None
     return views
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import mmap
 import operator
 import os
@@ -51,6 +52,8 @@ def _translated(action: str, path: str) -> Iterator[None]:
         raise from_os_error(error, action, path) from error
 
 
+#: From here on it pays to ask what kind of file it is.
+_LONG_NBYTES = 1 << 20
 _NBYTES = operator.attrgetter("nbytes")
 
 
@@ -149,15 +152,30 @@ class LocalReadableFile:
         self.size = size
         self._path = path
         self._fd = fd
+        self._turn = threading.Lock()
 
     def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        with _translated("read", self._path):
+        turn = self._turn if self._is_cold(offset, buffers) else contextlib.nullcontext()
+        with _translated("read", self._path), turn:
             moved, wanted = _move(os.preadv, self._fd, offset, buffers)
         if moved != wanted:
             raise OutOfRangeError(
                 f"{self._path} ends at byte {offset + moved}: expected {wanted} at offset {offset}, found {moved}. "
                 "The file was cut short"
             )
+
+    def _is_cold(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        """Whether a long read has to wait for the disk; False where the system does not say.
+
+        Threads take turns for it: the kernel reads ahead, in large requests, of one that goes through a file in order.
+        """
+        if not hasattr(os, "RWF_NOWAIT") or sum(map(_NBYTES, buffers[:2])) < _LONG_NBYTES:
+            return False
+        try:
+            os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except OSError as error:  # others: of a file system that cannot say
+            return isinstance(error, BlockingIOError)
+        return False
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -305,7 +323,9 @@ def _reserve(fd: int, nbytes: int) -> None:
     """Fails with ENOSPC now rather than after minutes of copying, and keeps the file in few extents."""
     if nbytes == 0:
         return
-    if hasattr(os, "posix_fallocate"):
+    # In memory every page would be cleared first, which takes as long as to fill it.
+    is_in_memory = nbytes >= _LONG_NBYTES and file_system(os.fstat(fd).st_dev) == "tmpfs"
+    if hasattr(os, "posix_fallocate") and not is_in_memory:
         try:
             os.posix_fallocate(fd, 0, nbytes)
             return
@@ -337,6 +357,7 @@ def _full_sync(fd: int) -> None:
     os.fsync(fd)
 
 
+@functools.lru_cache(maxsize=64)
 def file_system(device: int) -> str:
     """Type of the mounted file system with this device number, as Linux names it; "" if unknown."""
     wanted = f"{os.major(device)}:{os.minor(device)}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from gpusaver.metagraph.nodes import Names, as_attr, by_name, is_node_name, node
 from gpusaver.metagraph.saver_nodes import Saveable, on_host, saver_nodes
 from gpusaver.metagraph.tensors import tensor_array
 from gpusaver.metagraph.variables import GraphVariable, Part, part_of, slice_info, slice_spec
-from gpusaver.protos import MetaGraphDef
+from gpusaver.protos import MetaGraphDef, SaverDef
 from gpusaver.protos.graph_pb2 import AttrValue, NodeDef
 from gpusaver.protos.meta_graph_pb2 import VariableDef
 from gpusaver.tensor import DataType, TensorSlice
@@ -133,6 +135,18 @@ def test_slices_are_spelt_as_tensorflow_does() -> None:
     assert part_of(slice_info(part)) == Part("p", (10, 3), TensorSlice(((4, 3), (0, 3))))
 
 
+def nodes_of_saver(saveables: Sequence[Saveable], **options: Any) -> tuple[list[NodeDef], SaverDef]:
+    nodes: list[NodeDef] = []
+    return nodes, saver_nodes(saveables, **options, emit=nodes.append)
+
+
+def meta_graph_of(saveables: Sequence[Saveable], **options: Any) -> MetaGraphDef:
+    octets = bytes(variables_meta_graph(saveables, **options))
+    meta_graph = MetaGraphDef.FromString(octets)
+    assert meta_graph.SerializeToString(deterministic=True) == octets  # as protobuf itself would have written it
+    return meta_graph
+
+
 # Against the graphs that TensorFlow wrote
 
 
@@ -140,7 +154,7 @@ def test_slices_are_spelt_as_tensorflow_does() -> None:
 def test_a_saver_as_tensorflow_adds_it(prefix: str) -> None:
     meta_graph = golden(prefix)
     theirs = by_name(meta_graph.graph_def.node)
-    nodes, saver_def = saver_nodes(saveables_of(meta_graph))
+    nodes, saver_def = nodes_of_saver(saveables_of(meta_graph))
     assert nodes
     for made in nodes:
         expected = theirs[made.name]
@@ -156,7 +170,7 @@ def test_a_saver_as_tensorflow_adds_it(prefix: str) -> None:
 def test_a_sharded_saver_names_what_tensorflow_does(prefix: str) -> None:
     meta_graph = golden(prefix)
     theirs = by_name(meta_graph.graph_def.node)
-    nodes, saver_def = saver_nodes(saveables_of(meta_graph), sharded=True)
+    nodes, saver_def = nodes_of_saver(saveables_of(meta_graph), sharded=True)
     mine = by_name(nodes)
     for name in ("tensor_names", "shape_and_slices"):
         for op in ("SaveV2", "SaveV2_1", "SaveV2_2", "RestoreV2", "RestoreV2_1", "RestoreV2_2"):
@@ -175,7 +189,7 @@ def test_a_sharded_saver_names_what_tensorflow_does(prefix: str) -> None:
 def test_variables_and_their_collections_as_tensorflow_writes_them(prefix: str) -> None:
     meta_graph = golden(prefix)
     theirs = by_name(meta_graph.graph_def.node)
-    made = variables_meta_graph(saveables_of(meta_graph))
+    made = meta_graph_of(saveables_of(meta_graph))
     mine = by_name(made.graph_def.node)
     for variable in variables_of(meta_graph):
         for name in (variable.name, f"{variable.name}/Assign", variable.read):
@@ -205,7 +219,7 @@ def without_initial(value: bytes) -> VariableDef:
 def test_reshape_and_unknown_shapes() -> None:
     known = Saveable("a", GraphVariable("a", DataType.float32, (2, 3), is_resource=False))
     unknown = Saveable("b", GraphVariable("b", DataType.float32, None, is_resource=False))
-    mine = by_name(saver_nodes([known, unknown], reshape=True)[0])
+    mine = by_name(nodes_of_saver([known, unknown], reshape=True)[0])
     assert list(mine["save/Assign"].input) == ["a", "save/Reshape"]
     assert tensor_array(mine["save/Reshape/shape"].attr["value"].tensor).tolist() == [2, 3]
     assert list(mine["save/Assign_1"].input) == ["b", "save/RestoreV2:1"]
@@ -214,7 +228,7 @@ def test_reshape_and_unknown_shapes() -> None:
 
 def test_the_scope_of_the_saver_is_free() -> None:
     saveables = [Saveable(name, GraphVariable(name, DataType.float32, ())) for name in ("save/Const", "save_1")]
-    meta_graph = variables_meta_graph(saveables)
+    meta_graph = meta_graph_of(saveables)
     names = [item.name for item in meta_graph.graph_def.node]
     assert len(set(names)) == len(names)
     assert meta_graph.saver_def.restore_op_name == "save_2/restore_all"
@@ -235,7 +249,7 @@ def test_every_input_names_a_node_that_is_there() -> None:
         for i in range(3)
     ]
     for sharded in (False, True):
-        meta_graph = variables_meta_graph(saveables, sharded=sharded, reshape=True)
+        meta_graph = meta_graph_of(saveables, sharded=sharded, reshape=True)
         made = set()
         for item in meta_graph.graph_def.node:  # TensorFlow wants no order, yet a reader by eye does
             assert {node_of(text) for text in item.input} <= made

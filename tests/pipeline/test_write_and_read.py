@@ -36,8 +36,10 @@ def small_scale() -> Iterator[None]:
         mock.patch.object(layout, "LARGE_NBYTES", 4096),
         mock.patch.object(save, "CHUNK_NBYTES", 8192),
         mock.patch.object(save, "IN_PLACE_NBYTES", 4096),
+        mock.patch.object(chunk, "IN_PLACE_NBYTES", 4096),
         mock.patch.object(plan, "_PHASED_NBYTES", 4096),
         mock.patch.object(restore, "CHUNK_NBYTES", 8192),
+        mock.patch.object(restore, "_STAGED_NBYTES", 1024),
         mock.patch.object(restore, "_MAX_GAP", 4096),
         mock.patch.object(os, "fsync"),
     ):
@@ -48,7 +50,8 @@ def in_huge_pages(answer: bool) -> contextlib.AbstractContextManager[Any]:
     """As if all memory lay in huge pages, or none."""
     stack = contextlib.ExitStack()
     for module in (plan, chunk):
-        stack.enter_context(mock.patch.object(module, "is_in_huge_page", return_value=answer))
+        found = (lambda begin, end: (begin, end)) if answer else (lambda begin, end: (begin, begin))
+        stack.enter_context(mock.patch.object(module, "huge_region", found))
     return stack
 
 
@@ -170,6 +173,25 @@ def test_pages_of_arrays_are_written_from_where_they_are(tmp_path: Path, shift: 
         assert {name: array.tobytes() for name, array in gpusaver.load(prefix).items()} == {
             name: array.tobytes() for name, array in expected.items()
         }
+
+
+def test_a_snapshot_is_written_from_where_it_lies(tmp_path: Path) -> None:
+    """It lies in memory as in the file, wherever the arrays do; the file is the one that a copying save writes."""
+    storage = Watching()
+    storage.gate.set()
+    arrays = {"a": content(1, (20000,), np.uint8), "b": content(2, (5, 1001), np.int32)}
+    with gpusaver.Saver(arrays, direct_io=True, storage=storage) as saver, in_huge_pages(True):
+        pending = saver.save_async(tmp_path / "k", capture="snapshot")
+        assert pending is not None
+        pending.result()
+        (memory,) = saver._saving._snapshots.values()
+        written = [np.frombuffer(b, "B") for bs in storage.written.values() for b in bs]
+        assert (
+            sum(octets.nbytes for octets in written if np.shares_memory(octets, memory)) == 2 * 16384
+        )  # but for the ends
+    with gpusaver.Saver(arrays, direct_io=True) as saver:
+        saver.save(tmp_path / "l")
+    assert (tmp_path / "k.data-00000-of-00001").read_bytes() == (tmp_path / "l.data-00000-of-00001").read_bytes()
 
 
 def test_a_layout_for_pages_of_memory_is_made_anew_only_when_they_move(tmp_path: Path) -> None:

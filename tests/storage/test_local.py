@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import os
 import signal
 import stat
 import subprocess
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +31,7 @@ from gpusaver.errors import (
 )
 from gpusaver.storage import local
 from gpusaver.storage.base import Buffer, read_bytes
-from gpusaver.storage.local import LocalStorage
+from gpusaver.storage.local import LocalStorage, file_system
 
 Transfer = Callable[[int, Sequence[Buffer], int], int]
 
@@ -190,6 +193,58 @@ def test_space_is_reserved(tmp_path: Path) -> None:
     assert status.st_size == 1_000_000
     if hasattr(os, "posix_fallocate"):
         assert status.st_blocks * 512 >= 1_000_000
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system in memory")
+def test_in_memory_no_page_is_cleared_before_it_is_written() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if file_system(os.stat(folder).st_dev) != "tmpfs":
+            pytest.skip("/dev/shm is not in memory here")
+        file = LocalStorage().create(f"{folder}/f", 8 << 20)
+        file.close()
+        status = os.stat(f"{folder}/f")
+        assert (status.st_size, status.st_blocks) == (8 << 20, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in its cache")
+@pytest.mark.parametrize("nbytes", [4096, 2 << 20])
+@pytest.mark.parametrize("answer", [None, errno.EAGAIN, errno.EOPNOTSUPP])
+def test_long_reads_that_wait_for_the_disk_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None, nbytes: int
+) -> None:
+    """Short ones do not ask, and the others read at a time; in each case all threads get the bytes."""
+    (tmp_path / "f").write_bytes(bytes(range(256)) * (4 * nbytes // 256))
+    under_way, most, lock = 0, 0, threading.Lock()
+    both = threading.Barrier(2)
+    preadv = os.preadv
+
+    def watched(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        nonlocal under_way, most
+        if flags:
+            assert nbytes > 4096
+            if answer is not None:
+                raise OSError(answer, os.strerror(answer))
+            return preadv(fd, buffers, offset, flags)
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        if answer != errno.EAGAIN or nbytes == 4096:
+            both.wait(10)
+        try:
+            return preadv(fd, buffers, offset)
+        finally:
+            with lock:
+                under_way -= 1
+
+    monkeypatch.setattr(os, "preadv", watched)
+    file = LocalStorage().open(f"{tmp_path}/f")
+    targets = [bytearray(nbytes) for _ in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for found in [threads.submit(file.read_into, n * nbytes, [memoryview(targets[n])]) for n in range(4)]:
+            found.result()
+    file.close()
+    assert b"".join(targets) == (tmp_path / "f").read_bytes()
+    assert most == (1 if answer == errno.EAGAIN and nbytes > 4096 else 2)
 
 
 @pytest.mark.parametrize("direct", [False, True])

@@ -26,6 +26,7 @@ from gpusaver.metagraph.saver_nodes import Saveable, saver_nodes
 from gpusaver.pending import PendingSave
 from gpusaver.protos import MetaGraphDef, SaverDef
 from gpusaver.protos.convert import adopt
+from gpusaver.protos.graph_pb2 import NodeDef
 from gpusaver.reader import CheckpointReader
 from gpusaver.retention import Retention
 from gpusaver.storage.base import write_bytes
@@ -138,8 +139,14 @@ class Saver:
             self._make_native(SaverDef())
             return
         scope = self._graph.unique_name(self._name or "save")
-        nodes, saver_def = saver_nodes(
-            self._saveables, scope=scope, sharded=self._sharded, reshape=self._reshape, filename=self._filename
+        nodes: list[NodeDef] = []
+        saver_def = saver_nodes(
+            self._saveables,
+            scope=scope,
+            sharded=self._sharded,
+            reshape=self._reshape,
+            filename=self._filename,
+            emit=nodes.append,
         )
         self._graph.check_open()
         import_nodes(self._graph, nodes)
