@@ -38,6 +38,8 @@ from gpusaver.variables import Leaf, Variable
 
 #: Variables that were found unchanged get a file of their own if they have this part of all bytes.
 _WORTHWHILE = 0.1
+#: That hash: one alone does not use all of the memory's speed.
+_THREADS = 2
 #: Each new layout has everything written: what has changed so often while it was frozen never is again.
 _PATIENCE = 3
 #: Tensors that are declared frozen, and larger than so many blocks, are hashed but for one block in so many.
@@ -123,7 +125,7 @@ class Incremental:
 
 
 class Hashing:
-    """Hashes the tensors of some data files in a thread; where no thread, or no other one, may read, at once.
+    """Hashes the tensors of some data files in threads; where no thread, or no other one, may read, at once.
 
     Reads the sources until :meth:`result` or :meth:`stop` has returned.
     """
@@ -144,48 +146,63 @@ class Hashing:
         self._cancelled = cancelled
         self._timeline = timeline
         self._is_stopped = False
-        self._contents: dict[int, Contents] = {}
+        self._digests: dict[int, bytes] = {}
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        tensors = tensors_of(save.plan.layout, shards)
         # Only one thread at a time may queue copies from a device.
-        if all(source.runtime is HOST for source in save.sources):
-            self._thread = threading.Thread(target=self._run_beside, name="gpusaver-hash")
+        is_beside = all(source.runtime is HOST for source in save.sources)
+        parts = [tensors[number::_THREADS] for number in range(_THREADS)] if is_beside else [tensors]
+        for number, part in enumerate(parts):
+            thread = threading.Thread(target=self._run_beside, args=(set(part),), name=f"gpusaver-hash-{number}")
             try:
-                self._thread.start()
-                return
+                if is_beside:
+                    thread.start()
+                    self._threads.append(thread)
+                    continue
             except RuntimeError:  # the interpreter is shutting down
-                self._thread = None
-        self._run()
+                pass
+            self._run(set(part))
 
     def result(self) -> dict[int, Contents]:
         """By data file."""
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if self._error is not None:
             raise self._error
-        return self._contents
+        layout = self._save.plan.layout
+        return {
+            shard: Contents(
+                layout.shard_nbytes[shard],
+                tuple(
+                    (int(layout.offset[tensor]), int(layout.nbytes[tensor]), self._digests[tensor])
+                    for tensor in tensors_of(layout, [shard])
+                ),
+            )
+            for shard in self._shards
+        }
 
     def stop(self) -> None:
         """Never raises."""
         self._is_stopped = True
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run_beside(self) -> None:
+    def _run_beside(self, tensors: Collection[int]) -> None:
         with self._timeline.in_background():
-            self._run()
+            self._run(tensors)
 
-    def _run(self) -> None:
+    def _run(self, tensors: Collection[int]) -> None:
         try:
-            self._contents = self._hash()
+            self._hash(tensors)
         except BaseException as error:
             self._error = error
 
-    def _hash(self) -> dict[int, Contents]:
+    def _hash(self, tensors: Collection[int]) -> None:
         import xxhash
 
         layout, sources = self._save.plan.layout, self._save.sources
-        hashes = {tensor: xxhash.xxh3_128() for tensor in tensors_of(layout, self._shards)}
+        hashes = {tensor: xxhash.xxh3_128() for tensor in tensors}
         slot = LazySlot(self._slots)
         try:
             for chunk in layout.chunks(CHUNK_NBYTES):
@@ -193,23 +210,15 @@ class Hashing:
                     continue
                 if self._is_stopped or self._cancelled.is_set():
                     raise CancelledError("the save was cancelled before it was committed")
-                with self._timeline.span("compare", chunk.nbytes):
-                    for tensor, start, _, nbytes in chunk.pieces:
+                pieces = [piece for piece in chunk.pieces if piece.tensor in hashes]
+                with self._timeline.span("compare", sum(piece.nbytes for piece in pieces)):
+                    for tensor, start, _, nbytes in pieces:
                         is_sampled = tensor in self._trusted and layout.nbytes[tensor] > _BLOCKS * _BLOCK_NBYTES
                         for first, size in _blocks(start, nbytes) if is_sampled else [(start, nbytes)]:
                             hashes[tensor].update(_octets(sources[tensor], first, size, slot))
         finally:
             slot.close()
-        return {
-            shard: Contents(
-                layout.shard_nbytes[shard],
-                tuple(
-                    (int(layout.offset[tensor]), int(layout.nbytes[tensor]), hashes[tensor].digest())
-                    for tensor in tensors_of(layout, [shard])
-                ),
-            )
-            for shard in self._shards
-        }
+        self._digests.update((tensor, found.digest()) for tensor, found in hashes.items())
 
 
 def _blocks(start: int, nbytes: int) -> Iterator[tuple[int, int]]:

@@ -213,7 +213,7 @@ def _unchanged(leaves: Sequence[Leaf], cached: Plan) -> Save | None:
         or list(map(_DTYPE, arrays)) != columns.dtypes
         or list(map(_SHAPE, arrays)) != columns.shapes
         or len(identities) != len(arrays)
-        or any(base is not None for base in map(_BASE, arrays))  # two could share memory
+        or not all(map(operator.is_, map(_BASE, arrays), itertools.repeat(None)))  # two could share memory
         or keys.count(None) != sum(keys[number] is None for number in columns.others)  # a Variable took one's place
     ):
         return None
