@@ -16,7 +16,8 @@ OUT ?= build/gpu-session
 .NOTPARALLEL:
 .SUFFIXES:
 .PHONY: help install demo test test-tf test-lowest test-torch check test-gpu test-faults fuzz bench bench-gpu bench-scale bench-mpi
-.PHONY: gpu-session bench-upload bench-incremental bench-damage bench-quick bench-growth bench-interference nightly docs package first-visit docker-test protos clean
+.PHONY: gpu-session bench-upload bench-incremental bench-damage bench-quick bench-growth bench-interference nightly docs
+.PHONY: package first-visit docker-test protos clean
 .PHONY: active require-gpu require-tf
 
 SYSTEM := $(shell uname -sm)
@@ -247,6 +248,7 @@ bench-damage: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## dama
 nightly: $(READY)  ## test and test-tf with many more examples; PyTorch; 2 GB converted; mutants, coverage; oldest releases, packages, containers
 	PYTEST_ADDOPTS=--hypothesis-profile=nightly $(MAKE) test test-tf
 	$(MAKE) test-torch
+	$(BENCH_PY) benchmarks/bench.py --quick --peers gpusaver,torch.save --rounds 5 --ahead 1.2
 	$(PY) benchmarks/memory_convert.py
 	$(PY) -m pytest -n 2 -m mutations tests/test_mutations.py
 	$(PY) tools/cuda_coverage.py

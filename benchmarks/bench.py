@@ -226,6 +226,15 @@ def summarize(
     }
 
 
+def check_ahead(results: dict[str, Any], wanted: float) -> None:
+    """Raises SystemExit if gpusaver was not so many times as fast as torch.save, durable, in some workload."""
+    for workload in results["workloads"].values():
+        ours, theirs = (workload["peers"][name]["figures"]["durable"]["median"] for name in ("gpusaver", "torch.save"))
+        say(f"{workload['title']}: durable {theirs / ours:.2f} times as fast as torch.save")
+        if theirs < wanted * ours:
+            raise SystemExit(f"expected at least {wanted} times")
+
+
 def find_pythons(tensorflow: str) -> dict[str, str]:
     """By environment, those that there are."""
     pythons = {"bench": sys.executable, "tensorflow": tensorflow, "orbax": _ORBAX}
@@ -258,6 +267,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default 5; with --quick 2")
     parser.add_argument("--directory", default=os.path.join(ROOT, "build", "bench"), help="where the files go")
     parser.add_argument("--quick", action="store_true", help="a minute: smaller workloads, fewer peers and rounds")
+    parser.add_argument("--ahead", type=float, help="fail unless durable so many times as fast as torch.save")
     parser.add_argument("--output", help="the JSON file; default benchmarks/results/<date>-<machine>.json if complete")
     parser.add_argument(
         "--tensorflow-python",
@@ -291,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
     }
     print_tables(results)
+    if options.ahead is not None:
+        check_ahead(results, options.ahead)
     is_complete = not (options.quick or options.workload or options.peers)
     output = options.output or (os.path.join(RESULTS, f"{now.date()}-{host_kind()}.json") if is_complete else None)
     if output is not None:

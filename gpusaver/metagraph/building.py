@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from gpusaver.bundle.coding import field, varint
-from gpusaver.metagraph.collections import GLOBAL_STEP, TRAINABLE_VARIABLES, VARIABLES, collection_def
+from gpusaver.metagraph.collections import GLOBAL_STEP, TRAINABLE_VARIABLES, VARIABLES
 from gpusaver.metagraph.nodes import Names, constant, node_name
 from gpusaver.metagraph.saver_nodes import Saveable, saver_nodes
 from gpusaver.metagraph.tensors import zeros_proto
@@ -18,6 +18,11 @@ from gpusaver.protos.graph_pb2 import GraphDef, NodeDef
 from gpusaver.protos.meta_graph_pb2 import MetaGraphDef
 from gpusaver.protos.types_pb2 import VersionDef
 from gpusaver.tensor import DataType
+
+# As messages a graph of many variables takes ten times its bytes, so these fields are written by hand, those of
+# tensorflow/core/framework/graph.proto and tensorflow/core/protobuf/meta_graph.proto (specification, section 9).
+_NODE, _GRAPH_DEF = b"\x0a", b"\x12"
+_COLLECTION_ENTRY, _KEY, _COLLECTION_DEF, _BYTES_LIST, _VALUE = b"\x22", b"\x0a", b"\x12", b"\x12", b"\x0a"
 
 #: Of the graph: what TensorFlow 1.10 wrote.  Both releases take it, and newer rules do not apply to such a graph.
 _PRODUCER = 27
@@ -41,19 +46,20 @@ def variables_meta_graph(
     "trainable_variables" and "global_step" to write; None: all.  ``clear_devices``: no node says where it runs.
     """
     graph = _Graph(clear_devices)
-    listed: dict[str, list[bytes]] = {VARIABLES: [], TRAINABLE_VARIABLES: [], GLOBAL_STEP: []}
+    #: By collection: the values of its bytes_list, serialized.
+    listed = {key: bytearray() for key in sorted((VARIABLES, TRAINABLE_VARIABLES, GLOBAL_STEP))}
     names = [variable.name for _, variable in saveables]
     zeros = _Zeros(graph, _free_scope("zeros", names))
     for key, variable in saveables:
         initial = zeros.of(variable)
         for made in variable_nodes(variable, initial):
             graph.append(made)
-        item = variable_def(variable, initial).SerializeToString()
-        listed[VARIABLES].append(item)
+        item = field(_VALUE, variable_def(variable, initial).SerializeToString())
+        listed[VARIABLES] += item
         if variable.trainable:
-            listed[TRAINABLE_VARIABLES].append(item)
+            listed[TRAINABLE_VARIABLES] += item
         if key == GLOBAL_STEP and variable.dtype in (DataType.int64, DataType.int32) and variable.shape == ():
-            listed[GLOBAL_STEP].append(item)
+            listed[GLOBAL_STEP] += item
     rest = MetaGraphDef()
     if saveables:
         found = saver_scope(names, scope)
@@ -62,11 +68,14 @@ def variables_meta_graph(
         )
     rest.saver_def.max_to_keep = max_to_keep
     rest.saver_def.keep_checkpoint_every_n_hours = keep_checkpoint_every_n_hours
-    for key, items in listed.items():
-        if items and (collections is None or key in collections):
-            rest.collection_def[key].CopyFrom(collection_def(items))
     octets = graph.finished()
     octets += rest.SerializeToString(deterministic=True)
+    for key in [key for key in listed if listed[key] and (collections is None or key in collections)]:
+        values = listed.pop(key)
+        head = field(_KEY, key.encode()) + _COLLECTION_DEF + varint(1 + len(varint(len(values))) + len(values))
+        head += _BYTES_LIST + varint(len(values))
+        octets += _COLLECTION_ENTRY + varint(len(head) + len(values)) + head
+        octets += values
     return octets
 
 
@@ -76,13 +85,7 @@ def saver_scope(names: Sequence[str], wanted: str | None = None) -> str:
 
 
 class _Graph:
-    """The field ``graph_def`` of a MetaGraphDef, serialized node by node.
-
-    As messages a graph of many variables takes ten times its bytes.  The fields written by hand are those of
-    tensorflow/core/framework/graph.proto and tensorflow/core/protobuf/meta_graph.proto.
-    """
-
-    _NODE, _GRAPH_DEF = b"\x0a", b"\x12"
+    """The field ``graph_def`` of a MetaGraphDef, serialized node by node."""
 
     def __init__(self, clear_devices: bool) -> None:
         self._octets = bytearray()
@@ -91,12 +94,12 @@ class _Graph:
     def append(self, node: NodeDef) -> None:
         if self._clear_devices:
             node.device = ""
-        self._octets += field(self._NODE, node.SerializeToString(deterministic=True))
+        self._octets += field(_NODE, node.SerializeToString(deterministic=True))
 
     def finished(self) -> bytearray:
         octets = self._octets
         octets += GraphDef(versions=VersionDef(producer=_PRODUCER)).SerializeToString()
-        octets[:0] = self._GRAPH_DEF + varint(len(octets))
+        octets[:0] = _GRAPH_DEF + varint(len(octets))
         return octets
 
 
