@@ -44,9 +44,11 @@ _NOT_QUICK = (
     "TensorFlow",
     "Orbax",
     "PyTorch DCP x4",
+    "PyTorch DCP x4 async",
+    "gpusaver in place",
+    "gpusaver async",
     "raw page cache x4",
     "raw O_DIRECT x1",
-    "raw O_DIRECT x2",
 )
 
 
@@ -127,7 +129,7 @@ def run_workload(
     say(f"{workload.title}: {len(workload.shapes)} tensors, {workload.nbytes / 1e6:,.1f} MB")
     directory = os.path.join(_MEMORY if workload.in_memory else directory, "files")
     fd = create_block(workload)
-    groups = group_by_process([peer for peer in peers if workload.peers is None or peer.startswith(workload.peers)])
+    groups = group_by_process([peer for peer in peers if workload.peers is None or peer in workload.peers])
     # TensorFlow and Orbax have copies of their own, and saves take memory too; pages given back cost raw writes nothing
     # but slow all others down on a virtual machine.
     if (needed := (len(groups) + 8) * workload.nbytes) > memory_available():

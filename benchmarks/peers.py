@@ -483,6 +483,6 @@ PEERS: dict[str, type[Peer]] = {
     "memcpy": Memcpy,
     **{
         f"raw {'O_DIRECT' if direct else 'page cache'} x{threads}": _raw(threads, direct)
-        for direct, threads in itertools.product(_RAW_MODES, (1, 2, 4))
+        for direct, threads in itertools.product(_RAW_MODES, (1, 4))
     },
 }

@@ -37,21 +37,9 @@ Arrays = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
 
 @dataclass(frozen=True)
 class Workload:
-    """``orders``: what is measured, as :mod:`worker` names it.  ``peers``: beginnings of the names of those that take
-    part, None for all.  ``is_transposed``: matrices lie in Fortran order.  ``in_memory``: the files go to /dev/shm.
-    """
-
-    name: str
-    title: str
-    shapes: dict[str, Shape]
-    orders: tuple[str, ...] = _BOTH
-    peers: tuple[str, ...] | None = None
-    is_transposed: bool = False
-    in_memory: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Of the arrays, without padding."""
+    """``orders``: what is measured, as :mod:`worker` names it.  ``peers``: those that take part, None for all.
+    ``is_transposed``: matrices lie in Fortran order.  ``in_memory``: the files go to /dev/shm.
+    """Of the arrays, without padding."""
         return sum(4 * int(np.prod(shape)) for shape in self.shapes.values())
 
     @property
@@ -100,7 +88,7 @@ def _mixed() -> dict[str, Shape]:
     return _training_state(_gpt2_small()) | {f"scalars/{i:04d}": () for i in range(5_000)}
 
 
-#: Those that one might choose for speed: where all of them would take too long.
+#: Where all of them would take too long.
 _FEW = ("gpusaver", "torch.save", "safetensors", "raw page cache x1", "raw O_DIRECT x4")
 _SOME = (*_FEW, "np.savez")
 

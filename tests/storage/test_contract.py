@@ -429,7 +429,7 @@ class TestS3(TestMemory):
 
 
 class TestMoto(TestMemory):
-    """Another S3 server, in this process; where it is installed (``moto[server]``)."""
+    """Another S3 server, in this process; where it is installed (``gpusaver[dev]``)."""
 
     @pytest.fixture(scope="class")
     @classmethod
