@@ -39,7 +39,19 @@ Arrays = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
 class Workload:
     """``orders``: what is measured, as :mod:`worker` names it.  ``peers``: those that take part, None for all.
     ``is_transposed``: matrices lie in Fortran order.  ``in_memory``: the files go to /dev/shm.
-    """Of the arrays, without padding."""
+    """
+
+    name: str
+    title: str
+    shapes: dict[str, Shape]
+    orders: tuple[str, ...] = _BOTH
+    peers: tuple[str, ...] | None = None
+    is_transposed: bool = False
+    in_memory: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays, without padding."""
         return sum(4 * int(np.prod(shape)) for shape in self.shapes.values())
 
     @property
