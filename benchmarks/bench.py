@@ -47,6 +47,8 @@ _NOT_QUICK = (
     "PyTorch DCP x4 async",
     "gpusaver in place",
     "gpusaver async",
+    "gpusaver x2 files",
+    "raw page cache x2 files",
     "raw page cache x4",
     "raw O_DIRECT x1",
 )

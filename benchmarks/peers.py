@@ -7,13 +7,14 @@ live in an environment of its own.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import itertools
 import mmap
 import os
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -135,6 +136,20 @@ class GpusaverInPlace(Gpusaver):
     """Around the page cache from where the arrays lie."""
 
     direct_io = "in_place"
+
+
+class GpusaverTwoFiles(Gpusaver):
+    """A data file each for two devices, as TensorFlow has them: here numbered CPU devices, which are one memory."""
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        half, position = sum(array.nbytes for array in arrays.values()) / 2, 0
+        variables = []
+        with self._gpusaver.variables():
+            for name, array in arrays.items():
+                variables.append(self._gpusaver.Variable(array, name, device="cpu:0" if position < half else "cpu:1"))
+                position += array.nbytes
+        self._saver = self._gpusaver.Saver(variables, sharded=True)
 
 
 class GpusaverMeta(Gpusaver):
@@ -377,6 +392,7 @@ class Raw(Peer):
     process = "raw"
     is_ceiling = True
     threads: ClassVar[int] = 1
+    files: ClassVar[int] = 1
     flags: ClassVar[int] = 0
     copy: ClassVar[memoryview | None] = None
 
@@ -392,26 +408,30 @@ class Raw(Peer):
             self._buffers += [memoryview(bytearray(padding))] if padding else []
 
     def save(self) -> None:
-        fd = os.open(self.path("raw"), os.O_RDWR | os.O_CREAT | os.O_EXCL | self.flags, 0o666)
+        """With several files, each in a thread of its own."""
+        if self.files == 1:
+            self._write_file("raw", self.block, self.threads)
+            return
+        size = -(-len(self.block) // self.files)
+        parts = [(f"raw{n}", self.block[n * size : (n + 1) * size], 1) for n in range(self.files)]
+        _run_all([functools.partial(self._write_file, *part) for part in parts])
+
+    def _write_file(self, name: str, block: memoryview, threads: int) -> None:
+        fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_EXCL | self.flags, 0o666)
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(fd, 0, len(self.block))
-            starts = iter(range(0, len(self.block), _PIECE_NBYTES))
-            others = [threading.Thread(target=self._write, args=(fd, starts)) for _ in range(self.threads - 1)]
-            for other in others:
-                other.start()
-            self._write(fd, starts)
-            for other in others:
-                other.join()
+                os.posix_fallocate(fd, 0, len(block))
+            starts = iter(range(0, len(block), _PIECE_NBYTES))
+            _run_all([functools.partial(self._write, fd, block, starts)] * threads)
             os.fsync(fd)
         finally:
             os.close(fd)
 
-    def _write(self, fd: int, starts: Any) -> None:
+    def _write(self, fd: int, block: memoryview, starts: Any) -> None:
         for start in starts:  # the GIL makes each start go to one thread
-            end = min(start + _PIECE_NBYTES, len(self.block))
+            end = min(start + _PIECE_NBYTES, len(block))
             while start < end:
-                start += os.pwrite(fd, self.block[start:end], start)
+                start += os.pwrite(fd, block[start:end], start)
 
     def restore(self) -> None:
         """With one thread, into the arrays themselves."""
@@ -449,6 +469,16 @@ class Memcpy(Peer):
             np.copyto(array, self._copies[name])
 
 
+def _run_all(calls: list[Callable[[], None]]) -> None:
+    """At a time, the last one in this thread."""
+    others = [threading.Thread(target=call) for call in calls[:-1]]
+    for other in others:
+        other.start()
+    calls[-1]()
+    for other in others:
+        other.join()
+
+
 def _in_huge_pages(block: memoryview) -> memoryview:
     memory = mmap.mmap(-1, len(block), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -463,6 +493,11 @@ def _raw(threads: int, direct: bool) -> type[Raw]:
     return type("Raw", (Raw,), attributes)
 
 
+class RawTwoFiles(Raw):
+    orders = frozenset({"save"})
+    files = 2
+
+
 _RAW_MODES = (False, True) if hasattr(os, "O_DIRECT") else (False,)
 
 PEERS: dict[str, type[Peer]] = {
@@ -470,6 +505,7 @@ PEERS: dict[str, type[Peer]] = {
     "gpusaver page cache": GpusaverCached,
     "gpusaver O_DIRECT": GpusaverDirect,
     "gpusaver in place": GpusaverInPlace,
+    "gpusaver x2 files": GpusaverTwoFiles,
     "gpusaver and .meta": GpusaverMeta,
     "gpusaver async": GpusaverAsync,
     "torch.save": Torch,
@@ -485,4 +521,5 @@ PEERS: dict[str, type[Peer]] = {
         f"raw {'O_DIRECT' if direct else 'page cache'} x{threads}": _raw(threads, direct)
         for direct, threads in itertools.product(_RAW_MODES, (1, 4))
     },
+    "raw page cache x2 files": RawTwoFiles,
 }

@@ -113,7 +113,7 @@ WORKLOADS = {
             "gpt2-memory",
             "GPT-2 small with Adam, to memory (/dev/shm)",
             _training_state(_gpt2_small()),
-            peers=_FEW,
+            peers=(*_FEW, "gpusaver x2 files", "raw page cache x2 files"),
             in_memory=True,
         ),
         Workload("small-100k", "100,000 tensors of 1-16 KiB", _small(100_000), (*_BOTH, "list", "some"), _SOME),

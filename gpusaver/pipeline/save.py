@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +68,7 @@ def write_chunks(
         if shards is not None:
             chunks = filter(lambda chunk: chunk.shard in shards, chunks)
         if runtime is HOST and all(file.alignment == 1 for file in files):
-            on_host = list(chunks)
+            on_host = _side_by_side(chunks)
         else:
             staged.append((runtime, chunks))
     unread = _Countdown(len(on_host) + len(staged), on_staged)
@@ -231,6 +231,15 @@ def checksums_now(layout: Layout, sources: Sequence[Source], slots: Slots) -> di
 
 def _padded(chunk: Chunk, file: WritableFile) -> int:
     return -(-chunk.nbytes // file.alignment) * file.alignment
+
+
+def _side_by_side(chunks: Iterable[Chunk]) -> list[Chunk]:
+    """In turn from each file: a file's lock lets one thread write to the page cache at a time."""
+    by_shard: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        by_shard.setdefault(chunk.shard, []).append(chunk)
+    turns = itertools.zip_longest(*by_shard.values())
+    return [chunk for turn in turns for chunk in turn if chunk is not None]
 
 
 class _Countdown:

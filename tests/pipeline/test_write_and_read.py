@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpusaver
+from gpusaver import saving
 from gpusaver.bundle import layout
 from gpusaver.device import Transfer
 from gpusaver.device.host import HostRuntime, address, allocate_pages
@@ -228,6 +229,33 @@ def test_files_end_where_the_layout_says(tmp_path: Path, direct: bool) -> None:
     assert len(stored) == 8192 + 5001 + 3
     assert stored == b"\xff" * 4097 + bytes(4095) + b"\xff" * 5004
     assert gpusaver.load(prefix).keys() == arrays.keys()
+
+
+def test_files_in_the_page_cache_are_filled_side_by_side(tmp_path: Path) -> None:
+    """One thread at a time can write to a file there, so each thread finds another one to write to."""
+    written: list[str] = []
+
+    class Noting(LocalStorage):
+        def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
+            file = super().create(path, nbytes, direct=direct, target=target)
+            write_at = file.write_at
+
+            def note(offset: int, buffers: Any) -> None:
+                written.append(f"{(target or path).rpartition('.data-')[2][:5]}:{offset}")
+                write_at(offset, buffers)
+
+            file.write_at = note  # type: ignore[method-assign]
+            return file
+
+    with gpusaver.variables():
+        state = [gpusaver.Variable(content(n, (20000,), np.uint8), f"v{n}", device=f"cpu:{n}") for n in range(2)]
+    saver = gpusaver.Saver(state, sharded=True, direct_io=False, storage=Noting())
+    with mock.patch.object(saving, "_THREADS", 1):
+        prefix = saver.save(tmp_path / "k")
+    assert written[:6] == [f"0000{shard}:{offset}" for offset in (0, 8192, 16384) for shard in (0, 1)]
+    assert {name: array.tobytes() for name, array in gpusaver.load(prefix).items()} == {
+        variable.name: variable.value.tobytes() for variable in state
+    }
 
 
 def test_where_offsets_must_ascend_they_do(tmp_path: Path) -> None:
