@@ -57,7 +57,8 @@ def varint(number: int) -> bytes:
 
 def field(tag: bytes, content: bytes) -> bytes:
     """A field of a message whose content has a length: a string, bytes or a message."""
-    return tag + varint(len(content)) + content
+    nbytes = len(content)
+    return tag + (_ONE_BYTE[nbytes] if nbytes < 128 else varint(nbytes)) + content
 
 
 def read_varint32(data: bytes, position: int, limit: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from gpusaver.metagraph.nodes import Names, constant, node_name
 from gpusaver.metagraph.saver_nodes import Saveable, saver_nodes
 from gpusaver.metagraph.tensors import zeros_proto
 from gpusaver.metagraph.variables import GraphVariable, variable_def, variable_nodes
-from gpusaver.protos.graph_pb2 import GraphDef, NodeDef
+from gpusaver.protos.graph_pb2 import GraphDef
 from gpusaver.protos.meta_graph_pb2 import MetaGraphDef
 from gpusaver.protos.types_pb2 import VersionDef
 from gpusaver.tensor import DataType
@@ -45,14 +45,14 @@ def variables_meta_graph(
     ``scope``: of the Saver's nodes, as :func:`saver_scope` takes it.  ``collections``: which of "variables",
     "trainable_variables" and "global_step" to write; None: all.  ``clear_devices``: no node says where it runs.
     """
-    graph = _Graph(clear_devices)
+    graph = _Graph()
     #: By collection: the values of its bytes_list, serialized.
     listed = {key: bytearray() for key in sorted((VARIABLES, TRAINABLE_VARIABLES, GLOBAL_STEP))}
     names = [variable.name for _, variable in saveables]
     zeros = _Zeros(graph, _free_scope("zeros", names))
     for key, variable in saveables:
         initial = zeros.of(variable)
-        for made in variable_nodes(variable, initial):
+        for made in variable_nodes(variable._replace(device="") if clear_devices else variable, initial):
             graph.append(made)
         item = field(_VALUE, variable_def(variable, initial).SerializeToString())
         listed[VARIABLES] += item
@@ -63,9 +63,16 @@ def variables_meta_graph(
     rest = MetaGraphDef()
     if saveables:
         found = saver_scope(names, scope)
-        rest.saver_def.CopyFrom(
-            saver_nodes(saveables, scope=found, sharded=sharded, reshape=reshape, filename=filename, emit=graph.append)
+        saver_def = saver_nodes(
+            saveables,
+            scope=found,
+            sharded=sharded,
+            reshape=reshape,
+            filename=filename,
+            clear_devices=clear_devices,
+            emit=graph.append,
         )
+        rest.saver_def.CopyFrom(saver_def)
     rest.saver_def.max_to_keep = max_to_keep
     rest.saver_def.keep_checkpoint_every_n_hours = keep_checkpoint_every_n_hours
     octets = graph.finished()
@@ -87,14 +94,11 @@ def saver_scope(names: Sequence[str], wanted: str | None = None) -> str:
 class _Graph:
     """The field ``graph_def`` of a MetaGraphDef, serialized node by node."""
 
-    def __init__(self, clear_devices: bool) -> None:
+    def __init__(self) -> None:
         self._octets = bytearray()
-        self._clear_devices = clear_devices
 
-    def append(self, node: NodeDef) -> None:
-        if self._clear_devices:
-            node.device = ""
-        self._octets += field(_NODE, node.SerializeToString(deterministic=True))
+    def append(self, node: bytes) -> None:
+        self._octets += field(_NODE, node)
 
     def finished(self) -> bytearray:
         octets = self._octets

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusaver.metagraph.nodes import Names, colocated, constant, node
+from gpusaver.metagraph.nodes import Names, colocated, constant, node_octets
 from gpusaver.metagraph.tensors import tensor_proto
 from gpusaver.metagraph.variables import GraphVariable, is_fully_known, slice_spec
-from gpusaver.protos.graph_pb2 import NodeDef
 from gpusaver.protos.saver_pb2 import SaverDef
 from gpusaver.protos.types_pb2 import TensorProto
 from gpusaver.tensor import DataType
@@ -60,16 +59,17 @@ def saver_nodes(
     sharded: bool = False,
     reshape: bool = False,
     filename: str = "model",
-    emit: Callable[[NodeDef], object],
+    clear_devices: bool = False,
+    emit: Callable[[bytes], object],
 ) -> SaverDef:
     """Saves and restores ``saveables``, sorted by key, the parts of one variable side by side.
 
-    ``emit`` gets one node after the other: a large graph takes ten times the memory of its bytes.  ``scope``: a prefix
-    that no node of the graph has.  ``sharded``: a shard per distinct device, in the order of their names.  ``reshape``:
-    stored shapes may differ from the variables'.  The SaverDef has the three names, ``sharded`` and the version;
-    retention is the caller's.
+    ``emit`` gets one node after the other, serialized: as messages a large graph takes ten times the memory.
+    ``clear_devices``: none says where it runs.  ``scope``: a prefix that no node of the graph has.  ``sharded``: one
+    shard per distinct device, in the order of their names.  ``reshape``: stored shapes may differ from the variables'.
+    The SaverDef has the three names, ``sharded`` and the version; retention is the caller's.
     """
-    nodes = _Scope(scope, emit)
+    nodes = _Scope(scope, emit, clear_devices)
     prefix = nodes.constant("filename/input", filename)
     for name in ("filename", "Const"):
         prefix = nodes.add("PlaceholderWithDefault", name, [prefix], dtype=DataType.string, shape=())
@@ -109,10 +109,11 @@ def names_of_saver(scope: str, sharded: bool) -> SaverDef:
 class _Scope:
     """Makes nodes, all below one scope; clashes get a number, as in TensorFlow."""
 
-    def __init__(self, scope: str, emit: Callable[[NodeDef], object]) -> None:
+    def __init__(self, scope: str, emit: Callable[[bytes], object], clear_devices: bool) -> None:
         self._scope = scope
         self._names = Names()
-        self.emit = emit
+        self._emit = emit
+        self._clear_devices = clear_devices
 
     def name(self, base: str) -> str:
         return f"{self._scope}/{self._names.unique(base)}"
@@ -120,12 +121,18 @@ class _Scope:
     def add(self, op: str, base: str, inputs: Sequence[str], device: str = "", **attributes: Any) -> str:
         """``inputs``: names as this returned them.  Returns the node's."""
         name = self.name(base)
-        self.emit(node(op, name, inputs, device, **attributes))
+        self.node(op, name, inputs, device, **attributes)
         return name
+
+    def node(self, op: str, name: str, inputs: Sequence[str], device: str = "", **attributes: Any) -> None:
+        self._emit(node_octets(op, name, inputs, "" if self._clear_devices else device, **attributes))
+
+    def const(self, name: str, value: Any, device: str = "") -> None:
+        self._emit(constant(name, value, "" if self._clear_devices else device))
 
     def constant(self, base: str, value: Any, device: str = "") -> str:
         name = self.name(base)
-        self.emit(constant(name, value, device))
+        self.const(name, value, device)
         return name
 
     def checkpoint_op(
@@ -136,10 +143,10 @@ class _Scope:
         keys = [saveable.key for saveable in saveables]
         specs = [slice_spec(saveable.variable.part) for saveable in saveables]
         names, slices = f"{name}/tensor_names", f"{name}/shape_and_slices"
-        self.emit(constant(names, _strings(keys), device))
-        self.emit(constant(slices, _strings(specs), device))
+        self.const(names, _strings(keys), device)
+        self.const(slices, _strings(specs), device)
         dtypes = [saveable.variable.dtype for saveable in saveables]
-        self.emit(node(op, name, [first, names, slices, *values], device, dtypes=dtypes))
+        self.node(op, name, [first, names, slices, *values], device, dtypes=dtypes)
         return name
 
 
@@ -169,15 +176,15 @@ def _save_sharded(nodes: _Scope, prefix: str, shards: Sequence[tuple[str, Sequen
     for number, (device, members) in enumerate(shards):
         host = on_host(device)
         filename = nodes.name("ShardedFilename")
-        nodes.emit(constant(f"{filename}/shard", np.int32(number), host))
-        nodes.emit(node("ShardedFilename", filename, [stem, f"{filename}/shard", count], host))
+        nodes.const(f"{filename}/shard", np.int32(number), host)
+        nodes.node("ShardedFilename", filename, [stem, f"{filename}/shard", count], host)
         save = _save(nodes, filename, members, host)
         filenames.append(filename)
         saved.append(_after(nodes, "control_dependency", filename, [save], host))
     merge = nodes.name("MergeV2Checkpoints")
     pack = f"{merge}/checkpoint_prefixes"
-    nodes.emit(node("Pack", pack, [*filenames, *_controls(saved)], N=len(shards), T=DataType.string, axis=0))
-    nodes.emit(node("MergeV2Checkpoints", merge, [pack, prefix], delete_old_dirs=True))
+    nodes.node("Pack", pack, [*filenames, *_controls(saved)], N=len(shards), T=DataType.string, axis=0)
+    nodes.node("MergeV2Checkpoints", merge, [pack, prefix], delete_old_dirs=True)
     return _after(nodes, "Identity", prefix, [merge, *saved])
 
 
@@ -191,9 +198,9 @@ def _restore(nodes: _Scope, prefix: str, saveables: Sequence[Saveable], reshape:
         has_shape = reshape and is_fully_known(variable.shape)
         if has_shape:
             reshaped = nodes.name("Reshape")
-            nodes.emit(constant(f"{reshaped}/shape", np.array(variable.shape, np.int64), device))
+            nodes.const(f"{reshaped}/shape", np.array(variable.shape, np.int64), device)
             types = {"T": dtype, "Tshape": DataType.int64}
-            nodes.emit(node("Reshape", reshaped, [value, f"{reshaped}/shape"], device, **types))
+            nodes.node("Reshape", reshaped, [value, f"{reshaped}/shape"], device, **types)
             value = reshaped
         if variable.is_resource:
             value = nodes.add("Identity", "Identity", [value], device, T=dtype)

@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gpusaver.metagraph.nodes import colocated, node, node_of
-from gpusaver.protos.graph_pb2 import NodeDef
+from gpusaver.metagraph.nodes import colocated, node_octets, node_of
 from gpusaver.protos.meta_graph_pb2 import SaveSliceInfoDef, VariableDef
 from gpusaver.tensor import DataType, TensorSlice
 
@@ -47,20 +46,20 @@ class GraphVariable(NamedTuple):
         return f"{self.name}/Read/ReadVariableOp" if self.is_resource else f"{self.name}/read"
 
 
-def variable_nodes(variable: GraphVariable, initial_value: str) -> list[NodeDef]:
-    """The handle, its initializer and its read.  ``initial_value``: the name of a tensor of another node."""
+def variable_nodes(variable: GraphVariable, initial_value: str) -> list[bytes]:
+    """The handle, its initializer and its read, serialized.  ``initial_value``: names a tensor of another node."""
     name, dtype, shape, device = variable.name, variable.dtype, variable.shape, variable.device
     if variable.is_resource:
         return [
-            node("VarHandleOp", name, (), device, dtype=dtype, shape=shape, container="", shared_name=name),
-            node("AssignVariableOp", f"{name}/Assign", [name, initial_value], device, dtype=dtype),
-            node("ReadVariableOp", variable.read, [name], device, dtype=dtype),
+            node_octets("VarHandleOp", name, (), device, dtype=dtype, shape=shape, container="", shared_name=name),
+            node_octets("AssignVariableOp", f"{name}/Assign", [name, initial_value], device, dtype=dtype),
+            node_octets("ReadVariableOp", variable.read, [name], device, dtype=dtype),
         ]
     where = colocated(name)
     known = is_fully_known(shape)
     return [
-        node("VariableV2", name, (), device, dtype=dtype, shape=shape, container="", shared_name=""),
-        node(
+        node_octets("VariableV2", name, (), device, dtype=dtype, shape=shape, container="", shared_name=""),
+        node_octets(
             "Assign",
             f"{name}/Assign",
             [name, initial_value],
@@ -70,7 +69,7 @@ def variable_nodes(variable: GraphVariable, initial_value: str) -> list[NodeDef]
             use_locking=True,
             _class=where,
         ),
-        node("Identity", variable.read, [name], device, T=dtype, _class=where),
+        node_octets("Identity", variable.read, [name], device, T=dtype, _class=where),
     ]
 
 

@@ -146,7 +146,7 @@ class Saver:
             sharded=self._sharded,
             reshape=self._reshape,
             filename=self._filename,
-            emit=nodes.append,
+            emit=lambda octets: nodes.append(NodeDef.FromString(octets)),
         )
         self._graph.check_open()
         import_nodes(self._graph, nodes)
