@@ -7,6 +7,7 @@
 #   CACHE=DIR    instead of ~/.cache/gpusaver-docker
 set -euo pipefail
 cd "$(dirname "$0")/.."
+with_tmp=
 CACHE=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/gpusaver-docker}
 BASE=docker.io/library/python:3.13-slim-bookworm # the Dockerfile's PYTHON_BASE
 DEMO=(python /opt/gpusaver/examples/train_digits.py --output /data/demo)
@@ -17,7 +18,8 @@ CONFINED='set -e; test "$(id -u)" = 10001; touch /data/yes; for dir in / /opt/gp
 
 # What `buildah run` lacks with chroot isolation, a read-only root: here, in a mount name space that ends with the command.
 ENTER='set -e; mount --bind "$root" "$root"; mount -o remount,bind,ro "$root"; mount --bind "$work" "$root/data"
-    mount --rbind /dev "$root/dev"; mount -t proc proc "$root/proc"
+    mount --rbind /dev "$root/dev"; mount -t proc proc "$root/proc"; mount --rbind /sys "$root/sys"
+    [ -z "${with_tmp:-}" ] || mount -t tmpfs tmp "$root/tmp"
     exec chroot --userspec "$user" "$root" env -i -C /data "$@"'
 
 fail() {
@@ -30,7 +32,7 @@ with_docker() {
     local volume
     volume=$(docker volume create)
     trap 'docker volume rm --force "$volume" >/dev/null' EXIT
-    inside() { docker run --rm --read-only --volume "$volume:/data" gpusaver:ci "$@"; }
+    inside() { docker run --rm --read-only ${with_tmp:+--tmpfs /tmp} --volume "$volume:/data" gpusaver:ci "$@"; }
     run_all
 }
 
@@ -57,7 +59,7 @@ with_buildah() {
     root=$(buildah mount "$container") user=$(config '{{.Docker.Config.User}}')
     mapfile -t environment < <(config '{{range .Docker.Config.Env}}{{println .}}{{end}}')
     chown "$user" "$work"
-    inside() { export root work user; unshare --mount bash -c "$ENTER" - "${environment[@]:0:${#environment[@]}-1}" tini -s -- "$@"; }
+    inside() { export root work user with_tmp; unshare --mount bash -c "$ENTER" - "${environment[@]:0:${#environment[@]}-1}" tini -s -- "$@"; }
     run_all
 }
 
@@ -79,6 +81,7 @@ run_all() {
     inside sh -c "$CONFINED"
     inside gpusaver doctor # the image's health check
     inside "${DEMO[@]}"
+    with_tmp=1 # the S3 server of the tests has its sockets there
     [ "${DEMO_ONLY:-}" = 1 ] || inside env -C /opt/gpusaver/src TMPDIR=/data python -m pytest -n 2 -q --ignore tests/tf \
         --ignore tests/gpu -p no:cacheprovider
     echo "docker-test: passed${DEMO_ONLY:+, without the tests}"

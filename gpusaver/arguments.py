@@ -62,6 +62,7 @@ def fs_path(path: Any, what: str) -> str:
 def checkpoint_prefix(save_path: Any, global_step: Any, *, padded: bool) -> str:
     """``save_path``, or ``save_path-<step>``."""
     prefix = fs_path(save_path, "save_path")
+    check_url(prefix, is_file=True)
     if not os.path.basename(prefix):
         raise ValueError(f"save_path {prefix!r} names a directory; expected a prefix such as 'dir/model.ckpt'")
     if global_step is None:

@@ -22,8 +22,11 @@ class UrlError(ValueError):
     """
 
 
-def check_url(path: str) -> None:
-    """UrlError for a URL that holds, or could hold, credentials, without repeating it, or that is none of ours."""
+def check_url(path: str, *, is_file: bool = False) -> None:
+    """UrlError for a URL that holds, or could hold, credentials, without repeating it, or that is none of ours.
+
+    ``is_file``: it has to name one, or a prefix.
+    """
     match = _URL.match(path)
     if match is None:
         if _LOST_SLASH.match(path):
@@ -42,6 +45,8 @@ def check_url(path: str) -> None:
         raise UrlError(f"{path}: expected {', '.join(f'{name}://' for name in (*_SCHEMES, 'file'))} or a path")
     elif not place:
         raise UrlError(f"{path}: expected {scheme}://<bucket or container>/model.ckpt")
+    elif is_file and not key:
+        raise UrlError(f"{path} is a whole bucket or container; expected {path}/model.ckpt")
 
 
 class RoutedStorage:
@@ -55,7 +60,7 @@ class RoutedStorage:
         """The storage, and the path that it knows."""
         if ":/" not in path:
             return self._local, path
-        check_url(path)
+        check_url(path, is_file=not is_directory)
         match = _URL.match(path)
         if match is None:
             return self._local, path
@@ -63,8 +68,6 @@ class RoutedStorage:
         if scheme == "file":
             return self._local, key
         root = f"{scheme}://{place}"
-        if not (key or is_directory):
-            raise UrlError(f"{path} is a whole bucket or container; expected {root}/model.ckpt")
         if root not in self._stores:
             self._stores[root] = _object_storage(root)
         return self._stores[root], path

@@ -43,11 +43,13 @@ def test_file_urls_are_the_file_system(tmp_path: Path) -> None:
         ("memory://m", "is a whole bucket or container; expected memory://"),
     ],
 )
-def test_urls_that_are_none(path: str, complaint: str) -> None:
+def test_urls_that_are_none(path: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=complaint):
         gpusaver.CheckpointReader(path)
     with pytest.raises(ValueError, match=complaint):
         gpusaver.save(path, {"w": np.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_with_a_colon_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
