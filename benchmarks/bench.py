@@ -29,7 +29,7 @@ from machine import ROOT, commit, describe_machine, host_kind
 from peers import PEERS
 from report import print_tables
 from worker import DROPS, sync_tree
-from workloads import WORKLOADS, Workload, create_block
+from workloads import LISTED_ONLY, WORKLOADS, Workload, create_block
 
 _ORBAX = os.path.join(ROOT, ".venv-orbax", "bin", "python")
 RESULTS = os.path.join(ROOT, "benchmarks", "results")
@@ -44,11 +44,7 @@ _NOT_QUICK = (
     "TensorFlow",
     "Orbax",
     "PyTorch DCP x4",
-    "PyTorch DCP x4 async",
     "gpusaver in place",
-    "gpusaver async",
-    "gpusaver x2 files",
-    "raw page cache x2 files",
     "raw page cache x4",
     "raw O_DIRECT x1",
 )
@@ -131,7 +127,9 @@ def run_workload(
     say(f"{workload.title}: {len(workload.shapes)} tensors, {workload.nbytes / 1e6:,.1f} MB")
     directory = os.path.join(_MEMORY if workload.in_memory else directory, "files")
     fd = create_block(workload)
-    groups = group_by_process([peer for peer in peers if workload.peers is None or peer in workload.peers])
+    groups = group_by_process(
+        [peer for peer in peers if (peer not in LISTED_ONLY if workload.peers is None else peer in workload.peers)]
+    )
     # TensorFlow and Orbax have copies of their own, and saves take memory too; pages given back cost raw writes nothing
     # but slow all others down on a virtual machine.
     if (needed := (len(groups) + 8) * workload.nbytes) > memory_available():

@@ -37,7 +37,8 @@ Arrays = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
 
 @dataclass(frozen=True)
 class Workload:
-    """``orders``: what is measured, as :mod:`worker` names it.  ``peers``: those that take part, None for all.
+    """``orders``: what is measured, as :mod:`worker` names it.  ``peers``: those that take part, None for all
+    that are not only in lists.
     ``is_transposed``: matrices lie in Fortran order.  ``in_memory``: the files go to /dev/shm.
     """
 
@@ -104,11 +105,23 @@ def _mixed() -> dict[str, Shape]:
 _FEW = ("gpusaver", "torch.save", "safetensors", "raw page cache x1", "raw O_DIRECT x4")
 _SOME = (*_FEW, "np.savez")
 
+#: Copies that stay in memory, and what makes sense only beside them.
+LISTED_ONLY = frozenset(
+    ("gpusaver async", "PyTorch DCP x4 async", "memcpy", "gpusaver x2 files", "raw page cache x2 files")
+)
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("gpt2", "GPT-2 small, float32, with Adam", _training_state(_gpt2_small()), (*_BOTH, "cold")),
         Workload("small", "10,000 tensors of 1-16 KiB", _small(10_000)),
+        Workload(
+            "gpt2-async",
+            "GPT-2 small with Adam, asynchronously: the arrays may change after *return*",
+            _training_state(_gpt2_small()),
+            ("save",),
+            ("gpusaver", "gpusaver async", "PyTorch DCP x4 async", "Orbax", "memcpy", "raw O_DIRECT x4"),
+        ),
         Workload(
             "gpt2-memory",
             "GPT-2 small with Adam, to memory (/dev/shm)",
