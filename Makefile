@@ -16,7 +16,7 @@ OUT ?= build/gpu-session
 .NOTPARALLEL:
 .SUFFIXES:
 .PHONY: help install demo test test-tf test-lowest test-torch check test-gpu test-faults fuzz bench bench-gpu bench-scale bench-mpi
-.PHONY: gpu-session bench-upload bench-incremental bench-damage bench-quick bench-growth bench-interference nightly docs
+.PHONY: gpu-session bench-upload bench-incremental bench-damage bench-quick bench-more bench-growth bench-interference nightly docs
 .PHONY: package first-visit docker-test protos clean
 .PHONY: active require-gpu require-tf
 
@@ -210,6 +210,9 @@ bench: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## measure aga
 
 bench-quick: .venv-bench/.installed  ## the same in a minute: smaller, with fewer peers
 	$(BENCH_PY) benchmarks/bench.py --quick
+
+bench-more: .venv-bench/.installed  ## other workloads: 100,000 tensors, one of 4 GB, scalars between, Fortran order
+	$(BENCH_PY) benchmarks/bench.py --more
 
 bench-growth: .venv-bench/.installed  ## saves and restores of 10^2 to 10^6 tensors, and of 1 MB to 8 GB
 	$(BENCH_PY) benchmarks/growth.py

@@ -33,8 +33,8 @@ from workloads import LISTED_ONLY, WORKLOADS, Workload, create_block
 
 _ORBAX = os.path.join(ROOT, ".venv-orbax", "bin", "python")
 RESULTS = os.path.join(ROOT, "benchmarks", "results")
-QUICK = ("gpt2-quick", "small-quick")
-FULL = tuple(name for name in WORKLOADS if name not in QUICK)
+FULL, QUICK = ("gpt2", "small", "gpt2-async", "gpt2-memory"), ("gpt2-quick", "small-quick")
+MORE = tuple(name for name in WORKLOADS if name not in FULL + QUICK)
 _READ = ("restore", "restore_cpu")
 #: Where the files of a workload in memory go.
 _MEMORY = "/dev/shm/gpusaver-bench"
@@ -228,6 +228,14 @@ def summarize(
     }
 
 
+def write(results: dict[str, Any], output: str | None) -> None:
+    if output is not None:
+        os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+        with open(output, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+            file.write("\n")
+
+
 def check_ahead(results: dict[str, Any], wanted: float) -> None:
     """Raises SystemExit if gpusaver was not so many times as fast as torch.save, durable, in some workload."""
     for workload in results["workloads"].values():
@@ -269,6 +277,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default 5; with --quick 2")
     parser.add_argument("--directory", default=os.path.join(ROOT, "build", "bench"), help="where the files go")
     parser.add_argument("--quick", action="store_true", help="a minute: smaller workloads, fewer peers and rounds")
+    parser.add_argument("--more", action="store_true", help="the other workloads")
     parser.add_argument("--ahead", type=float, help="fail unless durable so many times as fast as torch.save")
     parser.add_argument("--output", help="the JSON file; default benchmarks/results/<date>-<machine>.json if complete")
     parser.add_argument(
@@ -296,23 +305,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "commit": commit(),
         "python": sys.version.split()[0],
         "machine": describe_machine(directory),
-        "workloads": {
-            name: run_workload(WORKLOADS[name], peers, pythons, rounds, directory)
-            for name in options.workload or (QUICK if options.quick else FULL)
-            if not WORKLOADS[name].in_memory or os.path.isdir(os.path.dirname(_MEMORY))
-        },
+        "workloads": {},
     }
-    print_tables(results)
+    is_complete = not (options.quick or options.workload or options.peers)
+    name = f"{now.date()}-{host_kind()}{'-more' if options.more else ''}.json"
+    output = options.output or (os.path.join(RESULTS, name) if is_complete else None)
+    for name in options.workload or (QUICK if options.quick else MORE if options.more else FULL):
+        if not WORKLOADS[name].in_memory or os.path.isdir(os.path.dirname(_MEMORY)):
+            results["workloads"][name] = run_workload(WORKLOADS[name], peers, pythons, rounds, directory)
+            print_tables({**results, "workloads": {name: results["workloads"][name]}})
+            write(results, output)  # what was measured is there, whatever becomes of the next
     if options.ahead is not None:
         check_ahead(results, options.ahead)
-    is_complete = not (options.quick or options.workload or options.peers)
-    output = options.output or (os.path.join(RESULTS, f"{now.date()}-{host_kind()}.json") if is_complete else None)
     if output is not None:
-        os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
-        with open(output, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
-            file.write("\n")
-        say(f"Written: {output}. For the README: {os.path.relpath(sys.executable)} benchmarks/report.py")
+        say(f"Written: {output}. For the documents: {os.path.relpath(sys.executable)} benchmarks/report.py")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def print_table(caption: str, head: Sequence[str], body: Sequence[Sequence[str]]
 
 
 def markdown(results: dict[str, Any], *, is_main: bool) -> str:
-    """Of the main workloads, or of the others."""
+    """Of the workloads of the README, or of the others."""
     machine = results["machine"]
     versions = {}
     for workload in results["workloads"].values():
@@ -155,12 +155,10 @@ def replace_between_marks(text: str, content: str) -> str:
     return f"{before}{START}\n{content}\n{END}{after}"
 
 
-def newest_results() -> str:
-    """By the date inside; raises SystemExit if there are none."""
-    paths = glob.glob(os.path.join(ROOT, "benchmarks", "results", "*core.json"))
-    if not paths:
-        raise SystemExit("benchmarks/results is empty: make bench first")
-    return max(paths, key=lambda path: load(path)["date"])
+def newest_results(ending: str) -> Any:
+    """By the date inside; None if there are none."""
+    found = map(load, glob.glob(os.path.join(ROOT, "benchmarks", "results", f"*{ending}.json")))
+    return max(found, key=lambda results: str(results["date"]), default=None)
 
 
 def load(path: str) -> Any:
@@ -180,12 +178,15 @@ def main() -> None:
     parser.add_argument("results", nargs="?", help="default: the newest in benchmarks/results")
     parser.add_argument("--print", action="store_true", help="print the tables instead")
     options = parser.parse_args()
-    results = load(options.results or newest_results())
+    results = load(options.results) if options.results else newest_results("core")
+    if results is None:
+        raise SystemExit("benchmarks/results is empty: make bench first")
     if options.print:
         print_tables(results)
     else:
         update_document(os.path.join(ROOT, "README.md"), markdown(results, is_main=True))
-        update_document(os.path.join(ROOT, "docs", "performance.md"), markdown(results, is_main=False))
+        others = [markdown(found, is_main=False) for found in (results, newest_results("core-more")) if found]
+        update_document(os.path.join(ROOT, "docs", "performance.md"), "\n\n".join(others))
         plot(results, os.path.join(ROOT, "docs", "pictures", "bench.png"))
 
 
