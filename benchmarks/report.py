@@ -129,6 +129,9 @@ def plot(results: dict[str, Any], path: str) -> None:
     for workload, row in zip(workloads, axes, strict=True):
         for measured, axis in zip(("durable", "restore"), row, strict=True):
             found = {name: peer["figures"] for name, peer in workload["peers"].items() if measured in peer["figures"]}
+            if not found:
+                axis.set_axis_off()
+                continue
             medians = {name: figures[measured]["median"] for name, figures in found.items()}
             names = sorted(medians, key=lambda name: -medians[name])
             bars = axis.barh(names, [medians[name] for name in names], color=[_color(name) for name in names])

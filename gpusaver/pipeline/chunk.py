@@ -72,10 +72,10 @@ class InPlace(NamedTuple):
 
 
 def find_in_place(piece: Piece, array: Any, alignment: int) -> InPlace | None:
-    """None for a NumPy array that does not lie as it is stored, or otherwise than the chunk modulo ``alignment``, or
-    that has little in huge pages."""
+    """None for a short piece, and for one of a NumPy array that does not lie as it is stored, or otherwise than the
+    chunk modulo ``alignment``, or that has little in huge pages."""
     _, start, offset, nbytes = piece
-    if not is_plain(array):
+    if nbytes < IN_PLACE_NBYTES or not is_plain(array):
         return None
     first_address = address(array) + start
     if (first_address - offset) % alignment:

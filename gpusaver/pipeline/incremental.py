@@ -38,7 +38,7 @@ from gpusaver.variables import Leaf, Variable
 
 #: Variables that were found unchanged get a file of their own if they have this part of all bytes.
 _WORTHWHILE = 0.1
-#: That hash: one alone does not use all of the memory's speed.
+#: Of threads that hash: one alone does not use all of the memory's speed.
 _THREADS = 2
 #: Each new layout has everything written: what has changed so often while it was frozen never is again.
 _PATIENCE = 3
@@ -154,15 +154,8 @@ class Hashing:
         is_beside = all(source.runtime is HOST for source in save.sources)
         parts = [tensors[number::_THREADS] for number in range(_THREADS)] if is_beside else [tensors]
         for number, part in enumerate(parts):
-            thread = threading.Thread(target=self._run_beside, args=(set(part),), name=f"gpusaver-hash-{number}")
-            try:
-                if is_beside:
-                    thread.start()
-                    self._threads.append(thread)
-                    continue
-            except RuntimeError:  # the interpreter is shutting down
-                pass
-            self._run(set(part))
+            if not (is_beside and self._start(number, part)):
+                self._run(part)
 
     def result(self) -> dict[int, Contents]:
         """By data file."""
@@ -187,6 +180,15 @@ class Hashing:
         self._is_stopped = True
         for thread in self._threads:
             thread.join()
+
+    def _start(self, number: int, tensors: Sequence[int]) -> bool:
+        thread = threading.Thread(target=self._run_beside, args=(tensors,), name=f"gpusaver-hash-{number}")
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down
+            return False
+        self._threads.append(thread)
+        return True
 
     def _run_beside(self, tensors: Collection[int]) -> None:
         with self._timeline.in_background():

@@ -228,8 +228,9 @@ def _views(chunk: Chunk, reads: Reads) -> list[Buffer | None]:
     if len(views) < _FEW_PIECES and chunk.offset % _COPY_ALIGNMENT == 0:
         for number, view in enumerate(views):
             piece = chunk.piece(number)
-            distance = address(arrays[piece.tensor]) + piece.start - piece.offset if view is not None else 0
-            if distance % _COPY_ALIGNMENT and piece.nbytes >= _STAGED_NBYTES:
+            if view is None or piece.nbytes < _STAGED_NBYTES:
+                continue
+            if (address(arrays[piece.tensor]) + piece.start - piece.offset) % _COPY_ALIGNMENT:
                 views[number] = None
     return views
 

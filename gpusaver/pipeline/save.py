@@ -158,11 +158,7 @@ class _Writer:
                 continue
             piece = chunk.piece(run.start)
             array = self._sources[piece.tensor].array
-            found = (
-                find_in_place(piece, array, file.alignment)
-                if self._in_place and piece.nbytes >= IN_PLACE_NBYTES
-                else None
-            )
+            found = find_in_place(piece, array, file.alignment) if self._in_place else None
             if found is not None:
                 in_place.append(found)
             with self._timeline.span("copy", piece.nbytes if found is None else 0):
