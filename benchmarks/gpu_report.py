@@ -12,16 +12,17 @@ _MB, _GB = 1e6, 1e9
 _COLUMNS = (
     ("call ms", "call", 1e-3),
     ("stall ms", "stall", 1e-3),
+    ("noise ms", "stall_noise", 1e-3),
     ("expected", "expected_stall", 1e-3),
-    ("worst step ms", "worst_step", 1e-3),
-    ("get p99 ms", "get_p99", 1e-3),
+    ("worst ms", "worst_step", 1e-3),
+    ("get ms", "get_p99", 1e-3),
     ("capture s", "capture", 1.0),
     ("durable s", "durable", 1.0),
     ("restore s", "restore", 1.0),
     ("cold s", "restore_cold", 1.0),
     ("CPU s", "cpu", 1.0),
     ("host MB", "host_peak", _MB),
-    ("device MB", "device_peak", _MB),
+    ("dev. MB", "device_peak", _MB),
 )
 _RANKED = ("stall", "durable", "restore")
 
@@ -186,11 +187,14 @@ def print_gpu_tables(results: dict[str, Any]) -> None:
 
 
 def _figures_table(place: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns that are empty are left out."""
+    peers = place.get("peers", {})
+    columns = [column for column in _COLUMNS if any(column[1] in peer["figures"] for peer in peers.values())]
     body = []
-    for name, peer in place.get("peers", {}).items():
-        found = [(peer["figures"].get(figure), unit) for _, figure, unit in _COLUMNS]
+    for name, peer in peers.items():
+        found = [(peer["figures"].get(figure), unit) for _, figure, unit in columns]
         body.append([name, *("" if one is None else _short(one["median"] / unit) for one, unit in found)])
-    return ["", *(heading for heading, _, _ in _COLUMNS)], body
+    return ["", *(heading for heading, _, _ in columns)], body
 
 
 def _ratios_table(place: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -90,7 +90,7 @@ def print_table(caption: str, head: Sequence[str], body: Sequence[Sequence[str]]
         table.add_column(name, justify="right" if column else "left", no_wrap=True)
     for row in body:
         table.add_row(*row)
-    Console(width=max(150, Console().width)).print(table)
+    Console(width=10_000).print(table)  # as wide as its rows are: no figure is cut
 
 
 def markdown(results: dict[str, Any], *, is_main: bool) -> str:

@@ -104,6 +104,24 @@ def test_7b(report):
         assert "7b: stall, of the best library's, s" not in found  # there was none
 
 
+def test_every_figure_can_be_read_however_narrow_the_terminal(report, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    figures = {figure: 12_345 * unit for _, figure, unit in report._COLUMNS if figure != "restore_cold"}
+    found = results(
+        "gpt2", 1_000_000_000, 444, {"gpusaver deferred, ring": peer(True, **figures)}, {"write": 1, "read": 1}
+    )
+    found["workloads"]["gpt2"] |= {"title": "GPT-2"}
+    found["criteria"] = []
+    report.print_gpu_tables(found)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "..." not in shown.replace("  ... as multiples", "")
+    assert shown.count("12,345") == len(figures)
+    assert "gpusaver deferred, ring" in shown
+    assert "cold s" not in shown  # of no peer
+    assert max(map(len, shown.splitlines())) <= 160
+
+
 def test_what_was_not_measured_is_no_line(report):
     found = results("gpt2", 1_000_000, 4, {}, {"write": 1e9, "read": 1e9})
     found["workloads"]["7b"] = {"title": "7b", "skipped": "no room"}
