@@ -173,7 +173,8 @@ test-lowest: .venv-lowest/.installed  ## `test` on Python 3.11 with the oldest r
 	$(LOWEST_PY) -m pytest -n 2 --ignore tests/tf --ignore tests/gpu
 
 test-torch: .venv-bench/.installed  ## PyTorch: the adapter, the example, the guide; in the environment of the benchmarks
-	$(BENCH_PY) -m pytest tests/test_torch.py tests/test_examples.py tests/test_readme.py
+	$(BENCH_PY) -m pytest tests/test_torch.py tests/test_examples.py tests/test_readme.py \
+	    tests/test_bench_gpu_sim.py::test_dcp_saves_again_and_again
 
 check: $(READY)  ## lint, format, types, layers, generated messages, workflows, Dockerfile, documentation
 	$(PY) -m ruff check .
@@ -199,9 +200,9 @@ test-gpu: require-gpu $(READY)   ## the tests on an NVIDIA GPU
 # For a machine that is lent for ten minutes: both, cut down, each with an end; whatever happens to the first, the second runs.
 gpu-session: require-gpu $(READY)  ## the essential part of test-gpu and bench-gpu, together under nine minutes
 	@mkdir -p "$(OUT)"
-	@GPUSAVER_REQUIRE_GPU=1 timeout -k 5 240 $(PY) -m pytest tests/gpu --rounds 20 -k 'not racecheck and not synccheck' \
+	@GPUSAVER_REQUIRE_GPU=1 timeout -k 5 150 $(PY) -m pytest tests/gpu --rounds 20 -k 'not racecheck and not synccheck' \
 	    --junitxml "$(OUT)/test-gpu.xml" >"$(OUT)/test-gpu.log" 2>&1; tests=$$?; tail -n 40 "$(OUT)/test-gpu.log"; \
-	OUT="$(OUT)" timeout -k 5 275 $(PY) benchmarks/bench_gpu.py --essential --seconds 225; bench=$$?; \
+	OUT="$(OUT)" timeout -k 5 380 $(PY) benchmarks/bench_gpu.py --essential --seconds 330 --trace "$(OUT)"; bench=$$?; \
 	echo "gpu-session: tests $$tests, benchmark $$bench, in $(OUT)"; [ $$tests = 0 ] && [ $$bench = 0 ]
 
 bench: .venv-bench/.installed .venv-orbax/.installed $(TF_READY)  ## measure against torch.save, DCP, safetensors, np.savez, Orbax and TensorFlow

@@ -3,7 +3,7 @@
 First the ceilings, in the same run: links, device memory, checksums, raw files.  Then, for each workload and folder,
 every library in turn, all in this process and on the same device memory.  First each proves that what it restores is
 what it saved; that was also its warm-up.  Then rounds: a save and restores with nothing else going on, and a save
-during training, whose every step is timed from the call until the checkpoint is durable.
+during training, whose every step is timed from the call until the checkpoint is durable, and steps before and after it.
 
 What cannot run, or does not fit into the time (``--seconds``), is listed with its reason.  The JSON file is written
 anew after every library, so that a run that is cut off has told what it knew.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import shutil
@@ -35,13 +36,13 @@ from null_storage import NullStorage
 from worker import reset_peak, resident, sync_tree
 
 SIZES = Sizes()
-SIDE = 4096
+SIDE = 2048
 BASELINE_STEPS, LEAST_STEPS = 20, 5
 #: A window this long has lost its save.
 WINDOW_SECONDS = 120.0
 #: What --essential measures, in this order: what the acceptance lines need most comes before the time is up.
 ESSENTIAL = {
-    "small": ("gpusaver snapshot", "gpusaver deferred, ring", "torch.save tuned", "safetensors tuned"),
+    "small": ("gpusaver snapshot", "gpusaver deferred, ring", "gpusaver blocking", "torch.save", "safetensors"),
     "7b": ("gpusaver deferred",),
     "gpt2": ("gpusaver", "torch DCP async tuned", "safetensors tuned", "torch.save tuned", "Orbax async tuned"),
 }
@@ -96,7 +97,7 @@ class Bench:
         state = State(workload)
         say(f"{workload.title}: {len(workload.shapes)} tensors, {workload.nbytes / 1e6:,.1f} MB")
         training = Training(state, SIDE)
-        baseline = training.baseline(BASELINE_STEPS)
+        say(f"  a training step takes {training.seconds:.4f} s, {workload.step_seconds:.4f} s are wanted")
         found: dict[str, Any] = {
             "title": workload.title,
             "tensors": len(workload.shapes),
@@ -117,13 +118,11 @@ class Bench:
                     continue
                 threads = (1, 2, 4) if workload.name != "7b" else (2,) if self.options.essential else (2, 4)
                 files[workload.name] = file_ceilings(directory, workload.nbytes, threads)
-                self.run_place(state, training, baseline, directory, found["places"].setdefault(place, {}))
+                self.run_place(state, training, directory, found["places"].setdefault(place, {}))
             finally:
                 shutil.rmtree(os.path.dirname(directory), ignore_errors=True)
 
-    def run_place(
-        self, state: State, training: Training, baseline: Steps, directory: str, found: dict[str, Any]
-    ) -> None:
+    def run_place(self, state: State, training: Training, directory: str, found: dict[str, Any]) -> None:
         samples: dict[str, list[dict[str, Any]]] = {}
         found |= {"peers": {}, "skipped": {}}
         for name in self.peers(state.workload):
@@ -131,6 +130,7 @@ class Bench:
                 found["skipped"][name] = f"out of time (--seconds {self.options.seconds:g})"
                 continue
             empty(directory)
+            free = free_memory(state, training)
             try:
                 with peer_of(name, state, directory) as peer:
                     versions, staging = peer.versions(), peer.staging_nbytes
@@ -138,7 +138,8 @@ class Bench:
                     rounds = self.options.rounds or state.workload.rounds
                     samples[name] = []
                     while len(samples[name]) < rounds and (not samples[name] or time.monotonic() < self.deadline):
-                        samples[name].append(measure(peer, state, training, baseline, directory))
+                        samples[name].append(measure(peer, state, training, free, directory))
+                    self.trace(name, peer)
             except ImportError as error:
                 found["skipped"][name] = f"cannot be imported: {error}"
             except Exception as error:
@@ -153,6 +154,12 @@ class Bench:
                 }
             say(f"  {name}: {found['skipped'].get(name) or brief(samples[name][-1])}")
             self.write()
+
+    def trace(self, name: str, peer: GpuPeer) -> None:
+        if self.options.trace and peer.report is not None:
+            os.makedirs(self.options.trace, exist_ok=True)
+            file = "-".join(f"trace {peer.state.workload.name} {name}.json".replace(",", "").split())
+            peer.report.write_trace(os.path.join(self.options.trace, file))
 
     def peers(self, workload: GpuWorkload) -> list[str]:
         names = [name for name in GPU_PEERS if workload.name != "7b" or name in LARGE]
@@ -177,13 +184,13 @@ class Bench:
 
 
 def check(peer: GpuPeer, state: State) -> None:
-    """What is restored is what was saved, bit for bit."""
+    """What is restored is what was saved, bit for bit, whatever happens to the arrays after the fence."""
     state.change()
     expected = state.digest()
     pending = peer.begin()
     pending.fence()
-    pending.result()
     state.clear()
+    pending.result()
     peer.restore()
     state.synchronize()
     found = state.digest()
@@ -191,8 +198,21 @@ def check(peer: GpuPeer, state: State) -> None:
         raise AssertionError(f"checksum {expected:#x} before the save, {found:#x} after the restore")
 
 
-def measure(peer: GpuPeer, state: State, training: Training, baseline: Steps, directory: str) -> dict[str, Any]:
-    """One round: a save and restores on an idle device, and a save during training.  Seconds and bytes."""
+def free_memory(state: State, training: Training) -> int:
+    """Of the device, when nothing is kept there but the state and what training needs."""
+    gc.collect()
+    state.cupy.get_default_memory_pool().free_all_blocks()
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.cuda.empty_cache()
+    training.baseline(1)
+    return state.free_memory()
+
+
+def measure(peer: GpuPeer, state: State, training: Training, free: int, directory: str) -> dict[str, Any]:
+    """One round: a save and restores on an idle device, and a save during training.  Seconds and bytes.
+
+    ``free``: of device memory before the peer was made.
+    """
     empty(directory)
     sample = quiet_save(peer, state, directory)
     read_into_page_cache(directory)
@@ -200,7 +220,7 @@ def measure(peer: GpuPeer, state: State, training: Training, baseline: Steps, di
     if not is_memory(directory) and drop_from_page_cache(directory):
         sample["restore_cold"], _ = restore(peer, state)
     empty(directory)
-    return sample | save_during_training(peer, state, training, baseline)
+    return sample | save_during_training(peer, training, free)
 
 
 def quiet_save(peer: GpuPeer, state: State, directory: str) -> dict[str, Any]:
@@ -215,7 +235,7 @@ def quiet_save(peer: GpuPeer, state: State, directory: str) -> dict[str, Any]:
     sync_tree(directory)
     durable = time.perf_counter()
     peak = resident("VmHWM")
-    report = pending.report
+    peer.report = report = pending.report
     return {
         "call": called - start,
         "fence": fenced - start,
@@ -237,9 +257,12 @@ def restore(peer: GpuPeer, state: State) -> tuple[float, int | None]:
     return seconds, None if before is None or peak is None else max(0, peak - before)
 
 
-def save_during_training(peer: GpuPeer, state: State, training: Training, baseline: Steps) -> dict[str, Any]:
-    """From the call until the library says durable, and a few steps more at least."""
-    free_before, steps = state.free_memory(), Steps()
+def save_during_training(peer: GpuPeer, training: Training, free: int) -> dict[str, Any]:
+    """From the call until the library says durable, and at least a few steps; without a save before and after.
+
+    ``device_peak``: what is missing of ``free``, be it that the library keeps it between saves or caches it.
+    """
+    before, steps = training.baseline(BASELINE_STEPS), Steps()
     started: list[Pending] = []
     call: list[float] = []
 
@@ -253,8 +276,8 @@ def save_during_training(peer: GpuPeer, state: State, training: Training, baseli
     while (not started[0].done() or len(steps.seconds) < LEAST_STEPS) and time.perf_counter() < until:
         training.step(steps)
     started[0].result()
-    found = stalls(baseline, steps)
-    return found | {"training_call": call[0], "device_peak": max(0, free_before - steps.least_free)}
+    found = stalls(before, steps, training.baseline(len(steps.seconds)))
+    return found | {"training_call": call[0], "device_peak": max(0, free - steps.least_free)}
 
 
 def null_capture(state: State) -> dict[str, float]:
@@ -296,6 +319,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--place", action="append", help="folders; default /dev/shm and build/")
     parser.add_argument("--essential", action="store_true", help="what the acceptance lines need, in /dev/shm alone")
     parser.add_argument("--seconds", type=float, default=0.0, help="start nothing new after this; default no limit")
+    parser.add_argument("--trace", help="a folder for the stages of gpusaver's last saves, for ui.perfetto.dev")
     parser.add_argument("--output", help="the JSON file, and beside it a PNG")
     options = parser.parse_args(arguments)
     options.workload = options.workload or list(ESSENTIAL if options.essential else GPU_WORKLOADS)

@@ -40,6 +40,7 @@ class GpuPeer:
 
     ``is_tuned``: as the library's documents advise, else at its defaults.  ``is_ours``: gpusaver.  ``staging_nbytes``:
     pinned memory that a save which leaves the arrays in place, until the fence, may fill ahead of its writers.
+    ``report``: of the last save of gpusaver that was measured, None of other libraries.
     """
 
     distributions: ClassVar[tuple[str, ...]] = ()
@@ -50,6 +51,7 @@ class GpuPeer:
         self.state = state
         self.directory = directory
         self.staging_nbytes: int | None = None
+        self.report: Any = None
 
     def begin(self) -> Pending:
         """The call, after which training goes on."""
@@ -256,24 +258,29 @@ class DcpAsync(Dcp):
 
 
 class DcpAsyncTuned(DcpTuned):
-    """Staged into pinned memory that is kept, asynchronously, until the update; several writers."""
+    """Staged into pinned memory that is kept, asynchronously, until the update; several writers.
+
+    PyTorch 2.11 closes the inner stager after every save: its memory is lost, and the next save fails with KeyError
+    (pytorch#183413, repaired since).  Here it is closed at the end, as its documents have it.
+    """
 
     def __init__(self, state: State, directory: str) -> None:
         super().__init__(state, directory)
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         on_gpu = self.torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, on_gpu, on_gpu))
+        self._stager = DefaultStager(StagingOptions(on_gpu, False, True, on_gpu))
+        self._inner = self._stager._state_dict_stager
+        self._inner.close = lambda: None
 
     def begin(self) -> Pending:
         response = self.dcp.async_save(
             self.tensors, storage_writer=self.writer(), async_stager=self._stager, no_dist=True
         )
-        if hasattr(response, "upload_completion"):
-            return _Future(response.upload_completion, response.staging_completion)
-        return _Future(response)
+        return _Future(response.upload_completion, response.staging_completion)
 
     def close(self) -> None:
+        del self._inner.close
         self._stager.close()
 
 

@@ -19,6 +19,8 @@ from workloads import WORKLOADS, Shape
 #: Beyond this the check of a restore looks at some of the arrays.
 _DIGEST_NBYTES = 2 << 30
 _TILE_WORDS = 1 << 16
+#: Of a training step, however fast the device.
+_MOST_PRODUCTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -119,17 +121,33 @@ class Steps:
 
 
 class Training:
-    """Matrix products, then the update, then ``loss.get()``: as long as the workload's ``step_seconds``."""
+    """Matrix products, then the update, then ``loss.get()``: as long as the workload's ``step_seconds``.
+
+    ``seconds``: how long a step takes.
+    """
 
     def __init__(self, state: State, side: int) -> None:
         self._state = state
         self._matrix = state.cupy.full((side, side), 1 / side, np.float32)
+        self.seconds = self._calibrate(state.workload.step_seconds)
+
+    def _calibrate(self, wanted: float) -> float:
+        """A step is not only products: their time is the difference of steps with few and with many of them."""
         self._products = 1
-        self.step(Steps())
-        steps = Steps()
-        for _ in range(3):
-            self.step(steps)
-        self._products = max(1, round(state.workload.step_seconds / max(min(steps.seconds), 1e-6)))
+        self.baseline(1)  # compiles
+        few = many = self._median()
+        while many < wanted / 2 and self._products < _MOST_PRODUCTS:
+            self._products *= 2
+            many = self._median()
+        for _ in range(2):  # measured, then corrected by what came out
+            if self._products > 1:
+                each = max(many - few, 1e-9) / (self._products - 1)
+                self._products = min(max(1, 1 + round((wanted - few) / each)), _MOST_PRODUCTS)
+                many = self._median()
+        return many
+
+    def _median(self) -> float:
+        return statistics.median(self.baseline(3).seconds)
 
     def step(
         self, steps: Steps, begin: Callable[[], object] | None = None, fence: Callable[[], None] | None = None
@@ -160,16 +178,21 @@ class Training:
         return steps
 
 
-def stalls(baseline: Steps, window: Steps) -> dict[str, float]:
-    """What a save cost the steps of its window, from the call to durable."""
-    usual = statistics.median(baseline.seconds)
+def stalls(before: Steps, window: Steps, after: Steps) -> dict[str, float]:
+    """What a save cost the steps of its window, from the call to durable, beyond the median of the steps ``before``.
+
+    ``stall_noise``: how far as many steps ``after``, without a save, are from that median: an error of the median, or
+    a clock that drifts, adds up over the steps of both alike.  A stall that is no larger is none.
+    """
+    usual = statistics.median(before.seconds)
     return {
         "stall": sum(window.seconds) - usual * len(window.seconds),
+        "stall_noise": abs(sum(after.seconds) - usual * len(after.seconds)),
         "step": usual,
         "steps": len(window.seconds),
         "worst_step": max(window.seconds),
         "get_p99": percentile(window.gets, 99),
-        "get_p99_before": percentile(baseline.gets, 99),
+        "get_p99_before": percentile(before.gets, 99),
     }
 
 

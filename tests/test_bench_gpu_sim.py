@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sim.kernels import Kernel, Launch
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = {
     *("call", "fence", "durable", "cpu", "host_peak", "restore", "restore_peak", "training_call", "device_peak"),
-    *("stall", "step", "steps", "worst_step", "get_p99", "get_p99_before"),
+    *("stall", "stall_noise", "step", "steps", "worst_step", "get_p99", "get_p99_before"),
 }
 
 
@@ -124,6 +125,126 @@ def test_the_essential_part_with_its_plot(bench, tmp_path, monkeypatch):
     measured = results["workloads"]["gpt2"]["places"][str(tmp_path / "memory")]
     assert len([peer for peer in measured["peers"].values() if peer["is_ours"]]) == 4
     assert "cupy.savez" not in measured["peers"]
+
+
+def test_device_memory_that_is_kept_counts(bench, tmp_path):
+    """The image of a snapshot stays with the Saver from the check on; what others have cached is not charged to it."""
+    results = run(bench, tmp_path, "--workload=gpt2", "--peers=gpusaver,cupy", "--rounds=1")
+    workload = results["workloads"]["gpt2"]
+    for measured in workload["places"].values():
+        peaks = {name: peer["figures"]["device_peak"]["median"] for name, peer in measured["peers"].items()}
+        assert peaks["gpusaver snapshot"] >= workload["nbytes"]
+        assert peaks["cupy.savez"] == 0
+
+
+def test_traces(bench, tmp_path):
+    run(bench, tmp_path, "--workload=gpt2", "--peers=gpusaver,cupy", "--rounds=1", f"--trace={tmp_path / 'traces'}")
+    names = {"gpusaver-snapshot", "gpusaver-deferred", "gpusaver-deferred-ring"}
+    assert {path.name for path in (tmp_path / "traces").iterdir()} == {f"trace-gpt2-{name}.json" for name in names}
+    assert all(json.loads(path.read_text("utf-8"))["traceEvents"] for path in (tmp_path / "traces").iterdir())
+
+
+class Clock:
+    """A device on which everything takes as long as is said: a product, and what is left of a step without any."""
+
+    def __init__(self, product: float, rest: float) -> None:
+        self.now, self.product, self.rest = 0.0, product, rest
+        null = types.SimpleNamespace(synchronize=lambda: None)
+        stream = types.SimpleNamespace(Stream=types.SimpleNamespace(null=null))
+        self.cupy = types.SimpleNamespace(full=lambda *arguments: self, cuda=stream)
+
+    def __matmul__(self, other: Clock) -> Clock:
+        self.now += self.product
+        return self
+
+    def __getitem__(self, key: Any) -> Clock:
+        return self
+
+    def sum(self) -> Clock:
+        return self
+
+    def get(self) -> None: ...
+
+    def change(self) -> None:
+        self.now += self.rest
+
+    def free_memory(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "product", "rest"),
+    [(0.3, 0.35e-3, 0.02), (0.05, 0.35e-3, 0.005), (0.02, 2e-6, 0.001), (0.02, 0.35e-3, 0.0001), (0.05, 0.05, 0.001)],
+)
+def test_a_step_is_as_long_as_wanted(bench, monkeypatch, wanted, product, rest):
+    import gpu_state
+
+    clock = Clock(product, rest)
+    clock.workload = types.SimpleNamespace(step_seconds=wanted)
+    monkeypatch.setattr(gpu_state, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    training = gpu_state.Training(clock, 2048)
+    assert training.seconds == pytest.approx(wanted, rel=0.03)
+    assert training.baseline(5).seconds == pytest.approx([wanted] * 5, rel=0.03)
+
+
+def test_a_step_after_a_slow_start_is_as_long_as_wanted(bench, monkeypatch):
+    """The device's clock rises while the first steps are measured."""
+    import gpu_state
+
+    clock = Clock(0.35e-3, 0.005)
+    clock.workload = types.SimpleNamespace(step_seconds=0.05)
+
+    def now() -> float:
+        clock.product = 0.35e-3 if clock.now > 0.2 else 0.7e-3
+        return clock.now
+
+    monkeypatch.setattr(gpu_state, "time", types.SimpleNamespace(perf_counter=now))
+    assert gpu_state.Training(clock, 2048).seconds == pytest.approx(0.05, rel=0.03)
+
+
+def test_a_stall_and_its_noise(bench):
+    from gpu_state import Steps, stalls
+
+    before = Steps([0.3, 0.3, 0.9, 0.3, 0.31], [0.001] * 5)  # an outlier of the baseline is nobody's
+    window, after = Steps([0.5, 0.3, 0.3, 0.32], [0.002] * 4), Steps([0.28, 0.3, 0.3, 0.29], [0.001] * 4)
+    found = stalls(before, window, after)
+    assert found["stall"] == pytest.approx(0.22)
+    assert found["stall_noise"] == pytest.approx(0.03)
+    assert (found["step"], found["steps"], found["worst_step"]) == (0.3, 4, 0.5)
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["as-installed", "as-2.11"])
+def test_dcp_saves_again_and_again(bench, tmp_path, monkeypatch, closes):
+    """Also with the stager of PyTorch 2.11, which closes its inner one after every save; needs PyTorch."""
+    pytest.importorskip("torch")
+    import gpu_peers
+    from torch.distributed.checkpoint.staging import DefaultStager
+
+    stage = DefaultStager._stage
+
+    def stage_and_close(self: Any, *arguments: Any, **named: Any) -> Any:
+        staged = stage(self, *arguments, **named)
+        self._state_dict_stager.close()
+        return staged
+
+    if closes:
+        monkeypatch.setattr(DefaultStager, "_stage", stage_and_close)
+    plain = {"a": np.arange(6, dtype=np.float32), "b": np.zeros((3, 2), np.float32)}
+    workload = types.SimpleNamespace(dtype=np.float32)
+    with gpu_peers.peer_of(
+        "torch DCP async tuned", types.SimpleNamespace(plain=plain, workload=workload), tmp_path
+    ) as dcp:
+        for number in range(3):
+            plain["b"][...] = number
+            pending = dcp.begin()
+            pending.fence()
+            for array in plain.values():
+                array.fill(-1)
+            pending.result()
+            assert pending.done()
+            dcp.restore()
+            assert plain["a"].tolist() == [0, 1, 2, 3, 4, 5]
+            assert (plain["b"] == number).all()
 
 
 def test_out_of_time(bench, tmp_path):
