@@ -183,7 +183,8 @@ class CheckpointReader:
         elements: list[bytes] = []
         read = TensorRead(self)
         read.strings(Located(OBJECT_GRAPH_KEY.decode(), OBJECT_GRAPH_KEY, graph.spec, graph), elements.extend)
-        read.run(Slots(CHUNK_NBYTES), 1)
+        with contextlib.closing(Slots(CHUNK_NBYTES)) as slots:
+            read.run(slots, 1)
         names = {readable: name for name in self if (readable := variable_name(name)) is not None}
         return names | readable_names(elements[0])
 

@@ -22,7 +22,7 @@ PACKAGE = TESTS.parent / "gpusaver"
 #: Those that notice most come first.
 SUITE = [
     TESTS / f"test_{name}_sim.py"
-    for name in "references cuda_runtime capture device_failures saver admission cuda_kernels".split()
+    for name in "references cuda_runtime capture device_failures saver admission cuda_kernels gpu_cases".split()
 ]
 #: Far more than the suite takes.
 SECONDS = 1800

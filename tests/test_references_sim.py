@@ -396,3 +396,19 @@ def test_a_forked_child_calls_nothing(sim, tmp_path, small_chunks, monkeypatch):
         buffer.free()
     assert (len(sim.host.registered), len(sim.host.allocated)) == (1, 1)
     assert sim.memory[0].used == 8192
+    sim.cupy.cuda.runtime.hostUnregister(*sim.host.registered)
+
+
+@late
+def test_destructors_say_nothing_when_modules_are_empty(sim, monkeypatch):
+    """As they may be at the end of the interpreter; pytest would report it."""
+    from gpusaver.device import cuda_memory
+
+    buffers = [cuda_memory.PinnedBuffer(8192), cuda_memory.DeviceBuffer(4096), cuda_memory.Table(4096)]
+    for name in vars(cuda_memory):
+        if not name.startswith("__"):
+            monkeypatch.setattr(cuda_memory, name, None)
+    del buffers
+    gc.collect()
+    monkeypatch.undo()
+    sim.cupy.cuda.runtime.hostUnregister(*sim.host.registered)

@@ -13,17 +13,19 @@ device's memory is allocated past CuPy's pool, whose arenas belong to the callin
 out-of-memory path frees the user's blocks.
 
 What queued work uses must stay until somebody has waited for that work: :class:`Held` keeps it, and lends buffers from
-a :class:`Pool`, so that no destructor and no traceback decides when memory is free.  In a forked child, where CUDA
-must not be called, freeing does nothing.
+a :class:`Pool`, so that no destructor and no traceback decides when memory is free.  Destructors free what a Saver had
+that nobody closed.  In a forked child, where CUDA must not be called, freeing does nothing.
 """
 
 from __future__ import annotations
 
+import abc
 import bisect
 import contextlib
 import ctypes
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
@@ -43,33 +45,80 @@ _PAGE = 4096
 BLOCK_NBYTES = 256 * 1024 * 1024
 
 
+class _Owner(abc.ABC):
+    """Of memory, which it frees at the latest when nobody has its owner any more."""
+
+    @abc.abstractmethod
+    def free(self) -> None:
+        """Idempotent.  Requires: no work uses it any more."""
+
+    def __del__(self) -> None:
+        """Says nothing, even at the interpreter's end, when modules may be empty and contextlib gone."""
+        try:
+            if not sys.is_finalizing():  # the process's end frees all, and CUDA may have ended
+                self.free()
+        except Exception:
+            pass
+
+
 class PinnedBuffer:
-    """See :class:`gpusaver.device.base.HostBuffer`."""
+    """See :class:`gpusaver.device.base.HostBuffer`.  Who drops it need not free it."""
 
     def __init__(self, nbytes: int) -> None:
-        self._process = os.getpid()
-        self._memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._pages = _Pages(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_DONTFORK"):
-            self._memory.madvise(mmap.MADV_DONTFORK)
-        array = np.frombuffer(self._memory, np.uint8)
+            self._pages.madvise(mmap.MADV_DONTFORK)
+        array = np.frombuffer(self._pages, np.uint8)
         array[:: mmap.PAGESIZE] = 0  # pages are made now, not one by one under the first copy
         self.view = array.data
-        self._device: int = cupy.cuda.runtime.getDevice()
-        self._address = 0
-        with _room(f"cannot pin {nbytes} bytes of host memory for copies"):
-            cupy.cuda.runtime.hostRegister(array.ctypes.data, nbytes, _PORTABLE)
-        self._address = array.ctypes.data
+        self._pages.register(array.ctypes.data)
 
     def free(self) -> None:
-        """Unregisters first: unmapping registered memory leaves the driver with pages that are no longer there."""
+        """Idempotent.  Requires: no copy to or from it is in flight."""
+        self._pages.free()
+
+
+class _Pages(_Owner, mmap.mmap):
+    """Unregistered before they are unmapped: the driver would keep the pages, and refuse what is mapped there next.
+
+    The destructor comes before the unmapping, and when no memoryview of the pages is left: not while a copy is in
+    flight, since :class:`Held` keeps one.
+    """
+
+    def __init__(self, fileno: int, nbytes: int, *, flags: int) -> None:
+        self._process = os.getpid()
+        self._device: int = cupy.cuda.runtime.getDevice()
+        self._address = 0
+
+    def register(self, address: int) -> None:
+        """``address``: theirs."""
+        self._address = address  # before the call, so that Ctrl-C cannot come between
+        with _room(f"cannot pin {len(self)} bytes of host memory for copies"):
+            try:
+                cupy.cuda.runtime.hostRegister(address, len(self), _PORTABLE)
+            except cupy.cuda.runtime.CUDARuntimeError:
+                self._address = 0
+                raise
+
+    def free(self) -> None:
         address, self._address = self._address, 0
         if address and os.getpid() == self._process:
             # A device that has failed for good refuses this as well.
             with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError), on_device(self._device):
                 cupy.cuda.runtime.hostUnregister(address)
 
+    def __del__(self) -> None:
+        super().__del__()
+        try:
+            if os.getpid() != self._process:
+                # MADV_DONTFORK: a child has something else there, or nothing.  With one reference too many the pages
+                # are never unmapped.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        except Exception:
+            pass
 
-class DeviceBuffer:
+
+class DeviceBuffer(_Owner):
     """``nbytes`` bytes of the current device, outside every pool.  ResourceExhaustedError if it has no room."""
 
     def __init__(self, nbytes: int) -> None:
@@ -87,12 +136,8 @@ class DeviceBuffer:
             with on_device(self._device):
                 cupy.cuda.runtime.free(pointer)
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.free()
 
-
-class Table:
+class Table(_Owner):
     """As many bytes of page-locked memory as of the current device's."""
 
     def __init__(self, nbytes: int) -> None:
@@ -113,10 +158,6 @@ class Table:
             with on_device(self._device):
                 cupy.cuda.runtime.freeHost(address)
         self.device.free()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.free()
 
 
 @contextlib.contextmanager

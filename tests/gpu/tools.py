@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -136,6 +137,18 @@ def data_files(directory: Any) -> dict[str, bytes]:
             with open(os.path.join(directory, name), "rb") as file:
                 found[name] = file.read()
     return found
+
+
+def in_child(call: Callable[[], bool]) -> int:
+    """The exit status of a forked child: 0 if the call returned true there, negative if a signal ended it."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            status = 0 if call() else 2
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 class Load:

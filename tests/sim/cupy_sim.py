@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import types
 from typing import Any
 
@@ -66,6 +67,7 @@ def _is_available() -> bool:
 
 def _module(name: str, **members: Any) -> types.ModuleType:
     module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # find_spec looks for it
     vars(module).update(members)
     return module
 

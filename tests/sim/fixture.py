@@ -50,8 +50,9 @@ def installed(*, kernels: bool = True, **options: Any) -> Iterator[Simulation]:
     """The simulated CuPy in ``sys.modules``, without any ``gpusaver.device.cuda*`` that was imported before.
 
     gpusaver's kernels run where there is a compiler for them; without, and with ``kernels=False``, there is no NVRTC.
-    At the end it raises if something was done that a real device might let pass, or if a device failed and nobody was
-    told.  For tests that need more than one simulation, such as those of Hypothesis.
+    At the end it raises if something was done that a real device might let pass, if a device failed and nobody was
+    told, or if memory is still registered (unless the device refuses whatever it is asked).  For tests that need more
+    than one simulation, such as those of Hypothesis.
     """
     simulation = Simulation(**options)
     simulation.has_nvrtc = kernels and compiler() is not None
@@ -70,6 +71,8 @@ def installed(*, kernels: bool = True, **options: Any) -> Iterator[Simulation]:
         gc.collect()
         simulation.drain()
         assert not simulation.violations, simulation.violations
+        left = simulation.host.registered
+        assert not left or simulation.sticky is not None, f"still registered: {left}"
     finally:
         _forget(lambda name: name in new or name.startswith("gpusaver.device.cuda"))
         gc.collect()

@@ -106,23 +106,30 @@ class DeviceMemory:
 
 
 class HostMemory:
-    """The host memory that is page-locked: registered by the user, or allocated by the driver."""
+    """The host memory that is page-locked: registered by the user, or allocated by the driver.
+
+    Whole pages are locked, and until cudaHostUnregister: nobody tells the driver that they were unmapped, and then
+    what is mapped there next cannot be registered.  (So the CUDA runtime API has it, and an H200 did it.)
+    """
 
     def __init__(self) -> None:
         self.registered: dict[int, int] = {}
         self.allocated: dict[int, mmap.mmap] = {}
 
     def register(self, pointer: int, size: int) -> None:
+        """cudaHostRegister; cudaErrorHostMemoryAlreadyRegistered for a page that is locked already."""
         if size <= 0:
             raise CUDARuntimeError(1)
-        if any(pointer < base + length and base < pointer + size for base, length in self._regions()):
+        pages = _pages(pointer, size)
+        if any(pages.start < other.stop and other.start < pages.stop for other in self._locked()):
             raise CUDARuntimeError(712)
         check_mapped(pointer, size)
         self.registered[pointer] = size
 
     def unregister(self, pointer: int) -> int:
+        """cudaHostUnregister takes the pointer that was registered, and none from within or of cudaHostAlloc."""
         if pointer not in self.registered:
-            raise CUDARuntimeError(713)
+            raise CUDARuntimeError(1 if any(pointer in pages for pages in self._locked()) else 713)
         return self.registered.pop(pointer)
 
     def allocate(self, size: int) -> int:
@@ -146,8 +153,17 @@ class HostMemory:
                 raise CUDARuntimeError(1)
         return False
 
+    def _locked(self) -> list[range]:
+        return [_pages(pointer, size) for pointer, size in self._regions()]
+
     def _regions(self) -> list[tuple[int, int]]:
         return [*self.registered.items(), *((pointer, len(pages)) for pointer, pages in self.allocated.items())]
+
+
+def _pages(pointer: int, size: int) -> range:
+    """The addresses of all pages that it touches."""
+    page = mmap.PAGESIZE
+    return range(pointer // page * page, -(-(pointer + size) // page) * page)
 
 
 def address_of(buffer: Any) -> int:
@@ -156,8 +172,7 @@ def address_of(buffer: Any) -> int:
 
 def check_mapped(pointer: int, size: int) -> None:
     """SimulationError, where reading the memory would kill the process."""
-    first = pointer // mmap.PAGESIZE * mmap.PAGESIZE
-    length = pointer + size - first
-    vector = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
-    if ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(length), vector) != 0:
+    pages = _pages(pointer, size)
+    vector = ctypes.create_string_buffer(len(pages) // mmap.PAGESIZE)
+    if ctypes.CDLL(None).mincore(ctypes.c_void_p(pages.start), ctypes.c_size_t(len(pages)), vector) != 0:
         raise SimulationError(f"host memory at {pointer:#x} ({size} bytes) was unmapped while the device still uses it")

@@ -140,6 +140,8 @@ MUTATIONS = [
     Mutation(
         "unregistered", MEMORY, "                cupy.cuda.runtime.hostUnregister(address)\n", "                pass\n"
     ),
+    Mutation("unregistered-when-dropped", MEMORY, "                self.free()\n", "                pass\n"),
+    Mutation("unregistered-in-child", MEMORY, "os.getpid() != self._process", "False"),
     Mutation(
         "failed-slot",
         STAGING,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sim.errors import CUDARuntimeError, OutOfMemoryError, SimulationError
-from sim.fixture import every_schedule, simulated_cupy  # noqa: F401
+from sim.fixture import every_schedule, installed, simulated_cupy  # noqa: F401
 from sim.memory import address_of
 from sim.tools import dragging, eager, expect_violation, late, pinned, racing, schedule, to_host, unpin
 
@@ -45,6 +45,8 @@ def test_registered_memory(sim):
     assert runtime.pointerGetAttributes(address + 4095).type == runtime.memoryTypeHost
     with pytest.raises(CUDARuntimeError, match="AlreadyRegistered"):
         runtime.hostRegister(address + 4095, 2, 0)
+    with pytest.raises(CUDARuntimeError, match="InvalidValue"):  # from within
+        runtime.hostUnregister(address + 1)
     array = sim.cupy.zeros(8192, np.uint8)
     with pytest.raises(CUDARuntimeError, match="InvalidValue"):  # pinned in part
         runtime.memcpyAsync(address, array.data.ptr, 8192, 2, 0)
@@ -58,6 +60,34 @@ def test_registered_memory(sim):
         runtime.hostUnregister(address)
     sim.cupy.cuda.Device().synchronize()
     sim.assert_quiescent(streams=0)
+
+
+@late
+def test_whole_pages_are_registered(sim):
+    runtime, pages = sim.cupy.cuda.runtime, mmap.mmap(-1, 8192)
+    address = address_of(pages)
+    runtime.hostRegister(address + 100, 100, 0)
+    with pytest.raises(CUDARuntimeError, match="AlreadyRegistered: part or all of the requested memory") as caught:
+        runtime.hostRegister(address + 1000, 100, 0)
+    assert caught.value.status == 712
+    runtime.hostRegister(address + 4096, 100, 0)
+    for place in (100, 4096):
+        runtime.hostUnregister(address + place)
+    with pytest.raises(CUDARuntimeError, match="NotRegistered") as caught:
+        runtime.hostUnregister(address + 100)
+    assert caught.value.status == 713
+
+
+def test_memory_that_was_unmapped_stays_registered():
+    """Until somebody unregisters it, which nobody can who has lost the address: that fails the test."""
+
+    def forget() -> None:
+        with installed() as sim:
+            pages = mmap.mmap(-1, 8192)
+            sim.cupy.cuda.runtime.hostRegister(address_of(pages), 8192, 0)
+
+    with pytest.raises(AssertionError, match="still registered"):
+        forget()
 
 
 @late
