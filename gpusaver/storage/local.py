@@ -19,6 +19,7 @@ import numpy as np
 from gpusaver.errors import Error, OutOfRangeError, from_os_error
 from gpusaver.storage import locks
 from gpusaver.storage.base import LOCK_SECONDS, new_token
+from gpusaver.storage.mapped import HUGE_NBYTES, can_map, write_mapped
 from gpusaver.tensor import Buffer
 
 #: What O_DIRECT wants of offset, length and address on every device in use (512 would do on some).
@@ -54,6 +55,8 @@ def _translated(action: str, path: str) -> Iterator[None]:
 
 #: From here on it pays to ask what kind of file it is.
 _LONG_NBYTES = 1 << 20
+#: Buffers of this size on average are coarse.
+_COARSE_NBYTES = 64 * 1024
 _NBYTES = operator.attrgetter("nbytes")
 
 
@@ -85,7 +88,7 @@ def _move(call: Callable[[int, Any, int], int], fd: int, offset: int, buffers: S
 
 def _copied(buffers: Sequence[Buffer]) -> memoryview:
     copy = np.frombuffer(mmap.mmap(-1, sum(map(_NBYTES, buffers))), np.uint8)
-    np.concatenate([np.frombuffer(_octets(buffer), np.uint8) for buffer in buffers], out=copy)
+    np.concatenate([np.frombuffer(buffer, np.uint8) for buffer in buffers], out=copy)
     return copy.data
 
 
@@ -98,16 +101,25 @@ class LocalWritableFile:
 
     ordered = False
 
-    def __init__(self, path: str, fd: int, nbytes: int, alignment: int) -> None:
+    def __init__(self, path: str, fd: int, nbytes: int, alignment: int, *, is_in_memory: bool = False) -> None:
         self.alignment = alignment
         self._path = path
         self._fd = fd
         self._nbytes = nbytes
+        self._is_mapped = is_in_memory and can_map()
         self._is_padded = False
         self._aborted = False
+        self._turn = threading.Lock()
 
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        with _translated("write", self._path):
+        # Many short buffers keep the interpreter busy: threads would take turns for it and for the file, and do no two
+        # things at once.
+        is_coarse = sum(map(_NBYTES, buffers)) >= len(buffers) * _COARSE_NBYTES
+        if is_coarse and self._is_mapped and self._write_mapped(offset, buffers):
+            return
+        # The page cache lets one thread write to a file at a time; others that wait in the kernel keep cores busy.
+        turn = self._turn if is_coarse and self.alignment == 1 else contextlib.nullcontext()
+        with _translated("write", self._path), turn:
             try:
                 moved, wanted = _move(os.pwritev, self._fd, offset, buffers)
             except OSError as error:
@@ -119,6 +131,13 @@ class LocalWritableFile:
                 raise OSError(errno.EIO, "wrote nothing")
         if offset + wanted > self._nbytes:
             self._is_padded = True
+
+    def _write_mapped(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        nbytes = sum(map(_NBYTES, buffers))
+        if nbytes < HUGE_NBYTES or offset % HUGE_NBYTES:
+            return False
+        self._is_mapped = write_mapped(self._fd, offset, nbytes, list(filter(_NBYTES, buffers)))
+        return self._is_mapped
 
     def sync(self) -> None:
         if self._fd < 0:  # closed, or a link
@@ -196,11 +215,12 @@ class LocalStorage:
             fd, alignment = _open_new(path, direct)
         try:
             with _translated(f"reserve {nbytes} bytes for", path):
-                _reserve(fd, nbytes)
+                is_in_memory = nbytes >= _LONG_NBYTES and file_system(os.fstat(fd).st_dev) == "tmpfs"
+                _reserve(fd, nbytes, is_in_memory=is_in_memory)
         except BaseException:
             LocalWritableFile(path, fd, nbytes, alignment).abort()
             raise
-        return LocalWritableFile(path, fd, nbytes, alignment)
+        return LocalWritableFile(path, fd, nbytes, alignment, is_in_memory=is_in_memory)
 
     def prefers_direct(self, directory: str) -> bool:
         if not _O_DIRECT:
@@ -319,12 +339,11 @@ def _open_new(path: str, direct: bool) -> tuple[int, int]:
     return os.open(path, _CREATE_FLAGS, 0o666), 1
 
 
-def _reserve(fd: int, nbytes: int) -> None:
+def _reserve(fd: int, nbytes: int, *, is_in_memory: bool) -> None:
     """Fails with ENOSPC now rather than after minutes of copying, and keeps the file in few extents."""
     if nbytes == 0:
         return
     # In memory every page would be cleared first, which takes as long as to fill it.
-    is_in_memory = nbytes >= _LONG_NBYTES and file_system(os.fstat(fd).st_dev) == "tmpfs"
     if hasattr(os, "posix_fallocate") and not is_in_memory:
         try:
             os.posix_fallocate(fd, 0, nbytes)

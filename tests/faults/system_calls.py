@@ -6,7 +6,7 @@
         saver.save(...)          hook(call, perform) runs in place of every call; perform() carries it out
 
 Files are opened, written and removed through functions of :mod:`os` alone, which is what makes this possible; the
-recorder of crash states checks that nothing went past it.
+recorder of crash states checks that nothing went past it.  Long writes to tmpfs do (``storage/mapped.py``).
 """
 
 from __future__ import annotations
