@@ -87,7 +87,7 @@ def _device_crc(array: Any, nbytes: int, stream: Any) -> float:
 
     def run() -> None:
         held = Held()
-        kernels.crc32c([(array.data.ptr, nbytes)], stream, held)
+        kernels.crc32c(np.array([array.data.ptr]), np.array([nbytes]), held)(stream)
         stream.synchronize()
         held.release()
 

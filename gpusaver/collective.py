@@ -214,14 +214,18 @@ class CollectiveSaving:
         if mode == "deferred" and self._saving.check_captures:
             self._saving.watch(save, pending)
         pending.complete = lambda timeout: self._complete(share, save, pending, timeout)
-        if share.error is not None or (mode == "snapshot" and save.runtimes == [HOST]):
+        if share.error is not None:
             pending.mark_captured()
+        elif mode == "snapshot":
+            pending.mark_snapshot(save.copied)
         run_in_background(lambda: self._write(share, save, len(shards), pending))
         return pending
 
     def _write(self, share: _Share, save: Save, shard_count: int, pending: PendingSave) -> None:
         """In the background: this rank's files, complete and durable."""
         try:
+            if share.error is None:
+                self._saving.finish_capture(save, pending)
             if share.error is None and share.files is not None:
                 with pending.timeline.in_background():
                     checksums = self._saving.write_data(save, pending, share.files, share.request.on_written)

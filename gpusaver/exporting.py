@@ -160,8 +160,8 @@ class PlanDescription(Description):
 
     def __init__(self, plan: Plan, leaves: Sequence[Leaf], options: SaverOptions) -> None:
         self._plan = plan
-        self._trainable = [is_trainable(leaf) for leaf in leaves]
-        rows = zip(plan.rows, leaves, self._trainable, strict=True)
+        self._trainable = _trainable_names(leaves)
+        rows = zip(plan.rows, leaves, strict=True)
         super().__init__(
             [
                 Described(
@@ -170,15 +170,19 @@ class PlanDescription(Description):
                     row.part,
                     row.full_shape,
                     row.device if options.sharded else leaf.device,
-                    trainable,
+                    row.name in self._trainable,
                 )
-                for row, leaf, trainable in rows
+                for row, leaf in rows
             ],
             options,
         )
 
     def fits(self, plan: Plan, leaves: Sequence[Leaf]) -> bool:
-        return plan.rows is self._plan.rows and self._trainable == [is_trainable(leaf) for leaf in leaves]
+        return plan.rows is self._plan.rows and self._trainable == _trainable_names(leaves)
+
+
+def _trainable_names(leaves: Sequence[Leaf]) -> set[str]:
+    return {leaf[0] for leaf in leaves if leaf[3] is None and is_trainable(leaf)}
 
 
 def is_trainable(leaf: Leaf) -> bool:

@@ -240,6 +240,14 @@ class PendingSave:
             if len(self._events) == len(self._devices):
                 self._recorded.set()
 
+    def mark_snapshot(self, copied: Sequence[Event]) -> None:
+        """The variables have been copied when these events have happened; work that is queued later may change them."""
+        self._events.extend(copied)
+        self._has_host_arrays = False
+        self._recorded.set()
+        if not copied:
+            self.mark_captured()
+
     def mark_captured(self) -> None:
         if not self._captured.is_set():
             self._captured_at = time.perf_counter()

@@ -244,10 +244,10 @@ class TensorRead:
         part = values if wanted is None else cut(values, wanted.index(values.shape))
         self._after.append(lambda: upload(target, part))
 
-    def plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
-        """The same for NumPy arrays of the user and rows of :meth:`CheckpointReader.plain_rows`."""
+    def plain(self, names: Sequence[str], runtimes: Sequence[Runtime], arrays: Sequence[Any], ranges: Ranges) -> None:
+        """The same for contiguous arrays of the user and rows of :meth:`CheckpointReader.plain_rows`."""
         assert self._assembly is not None
-        self._assembly.add_plain(names, arrays, ranges)
+        self._assembly.add_plain(names, runtimes, arrays, ranges)
 
     def strings(self, found: Located, deliver: Callable[[list[bytes]], None]) -> None:
         """``deliver`` gets the elements of a string tensor when everything is read and verified."""

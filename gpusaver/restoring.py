@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpusaver.bundle.bulk import collector_paused
-from gpusaver.device import HOST, Admitted, Runtime, admit, known_dtype
+from gpusaver.device import HOST, Admitted, Runtime, admit, are_contiguous, array_types, known_dtype, runtimes_of
 from gpusaver.device.host import byte_bounds
 from gpusaver.distributed.group import Group
 from gpusaver.distributed.parts import compare_parts
@@ -105,9 +105,8 @@ def restore_leaves(
     """See :meth:`gpusaver.Saver.restore`.  Collective with a ``group``: if one rank fails, all do."""
     started_at = time.perf_counter()
     with group.step("compare") if group is not None else nullcontext(), collector_paused():
-        report, read, matches = _plan_all(leaves, reader, partial=partial, reshape=reshape)
-    runtimes: dict[str, Runtime] = {match.admitted.runtime.name: match.admitted.runtime for match in matches}
-    for runtime in runtimes.values():
+        report, read, runtimes = _plan_all(leaves, reader, partial=partial, reshape=reshape)
+    for runtime in runtimes:
         runtime.order_after_caller()
     has_read = False
     try:
@@ -126,10 +125,10 @@ def restore_leaves(
 
 def _plan_all(
     leaves: Sequence[Leaf], reader: CheckpointReader, *, partial: bool | str, reshape: bool
-) -> tuple[RestoreReport, TensorRead, list[_Match]]:
-    """Compares everything and plans the reads; changes nothing."""
+) -> tuple[RestoreReport, TensorRead, set[Runtime]]:
+    """Compares everything and plans the reads, by these runtimes; changes nothing."""
     read = TensorRead(reader)
-    plain, others = _add_plain(leaves, reader, read)
+    plain, runtimes, others = _add_plain(leaves, reader, read)
     matches, missing, mismatched = _match(others, reader, reshape)
     _complain(reader, len(leaves), bool(plain or matches), missing, mismatched, partial)
     _check_targets(matches, reader)
@@ -138,44 +137,65 @@ def _plan_all(
     report = RestoreReport(reader, restored, missing, skipped)
     for match in matches:
         _plan(read, match, report.values)
-    return report, read, matches
+    return report, read, runtimes | {match.admitted.runtime for match in matches}
 
 
-def _add_plain(leaves: Sequence[Leaf], reader: CheckpointReader, read: TensorRead) -> tuple[list[str], list[Leaf]]:
-    """Adds the frequent and simple, NumPy arrays stored as they are; returns their names, and all other leaves.
+def _add_plain(
+    leaves: Sequence[Leaf], reader: CheckpointReader, read: TensorRead
+) -> tuple[list[str], set[Runtime], list[Leaf]]:
+    """Adds the frequent and simple, NumPy and CuPy arrays stored as they are; returns their names, where they live, and
+    all other leaves.
 
-    Only where every array owns its memory, so that none overlaps another; with arrays of other libraries none of it
-    is known.
+    Only where no array is known to overlap another one; with arrays of other libraries nothing of it is known.
     """
-    is_own = [type(leaf[1]) is np.ndarray and leaf[1].base is None for leaf in leaves]
-    candidates = list(itertools.compress(leaves, is_own))
-    others = [] if len(candidates) == len(leaves) else list(itertools.compress(leaves, map(operator.not_, is_own)))
-    if not all(leaf.has_own_memory for leaf in others) or len({id(leaf[1]) for leaf in candidates}) < len(candidates):
-        return [], list(leaves)
+    types = array_types()
+    is_array = [type(leaf[1]) in types for leaf in leaves]
+    candidates = list(itertools.compress(leaves, is_array))
+    others = [] if len(candidates) == len(leaves) else list(itertools.compress(leaves, map(operator.not_, is_array)))
+    arrays = [leaf[1] for leaf in candidates]
+    runtimes = runtimes_of(arrays)
+    if not all(leaf.has_own_memory for leaf in others) or runtimes is None or not _are_simple(arrays, runtimes):
+        return [], set(), list(leaves)
     found = reader.plain_rows([leaf[0] for leaf in candidates])
     if found is None:
-        return [], list(leaves)
+        return [], set(), list(leaves)
     entries, rows = found
-    arrays = [leaf[1] for leaf in candidates]
     shapes, dtypes = list(map(_SHAPE, arrays)), list(map(_DTYPE, arrays))
-    types = {dtype: known_dtype(dtype) if dtype.isnative else None for dtype in set(dtypes)}
+    types_of = {dtype: known_dtype(dtype) if dtype.isnative else None for dtype in set(dtypes)}
     specs = [None if row is None else entries.specs[row] for row in rows]
     # A leaf without a key is a Variable's, which may have declared another type.
     fits = [
         spec is not None
         and spec.shape == shape
-        and spec.dtype is types[dtype]
+        and spec.dtype is types_of[dtype]
         and leaf[3] is not None
         and leaf[4] is None
-        and array.flags.carray
-        for leaf, array, spec, shape, dtype in zip(candidates, arrays, specs, shapes, dtypes, strict=True)
+        and (runtime is not HOST or leaf[1].flags.carray)
+        for leaf, runtime, spec, shape, dtype in zip(candidates, runtimes, specs, shapes, dtypes, strict=True)
     ]
     if not all(fits):
         others = sorted([*others, *itertools.compress(candidates, map(operator.not_, fits))], key=_NAME)
     names = [leaf[0] for leaf in itertools.compress(candidates, fits)]
     taken = entries.ranges.take([row for row in itertools.compress(rows, fits) if row is not None])
-    read.plain(names, list(itertools.compress(arrays, fits)), taken)
-    return names, others
+    fitting = list(itertools.compress(runtimes, fits))
+    read.plain(names, fitting, list(itertools.compress(arrays, fits)), taken)
+    return names, set(fitting), others
+
+
+def _are_simple(arrays: Sequence[Any], runtimes: Sequence[Runtime]) -> bool:
+    """Whether each owns its memory (NumPy) or is contiguous (CuPy), and no two overlap."""
+    if len(set(map(id, arrays))) < len(arrays):
+        return False
+    is_on_host = [runtime is HOST for runtime in runtimes]
+    if any(array.base is not None for array in itertools.compress(arrays, is_on_host)):
+        return False
+    on_device = [array for array, is_it in zip(arrays, is_on_host, strict=True) if not is_it and array.size]
+    if not all(are_contiguous(on_device)):
+        return False
+    starts = np.array([array.data.ptr for array in on_device], np.int64)
+    ends = starts + np.array([array.nbytes for array in on_device], np.int64)
+    order = np.argsort(starts)
+    return bool(np.all(ends[order[:-1]] <= starts[order[1:]]))
 
 
 def _match(

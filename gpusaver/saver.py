@@ -340,8 +340,8 @@ class Saver:
             devices=devices,
             has_host_arrays=len(devices) < len(save.runtimes),
         )
-        if mode == "snapshot" and save.runtimes == [HOST]:
-            pending.mark_captured()
+        if mode == "snapshot":
+            pending.mark_snapshot(save.copied)
         if mode == "deferred" and self._saving.check_captures:
             self._saving.watch(save, pending)
         self._pending = pending
@@ -395,6 +395,7 @@ class Saver:
         """In the background: write, commit, state file, retention."""
         try:
             with pending.timeline.in_background():
+                self._saving.finish_capture(save, pending)
                 self._saving.write(save, pending, meta_graph, request.copies, request.on_written)
                 if request.finish is not None:
                     with pending.timeline.span("commit"):

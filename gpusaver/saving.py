@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -10,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gpusaver.device import HOST, Runtime
+from gpusaver.bundle.bulk import collector_paused
+from gpusaver.device import HOST, Event, Runtime
 from gpusaver.errors import DataLossError, FailedPreconditionError, ResourceExhaustedError
 from gpusaver.exporting import MetaContent
 from gpusaver.pending import PendingSave
@@ -19,7 +21,7 @@ from gpusaver.pipeline.commit import BundleCommit, FileVersion, ShardFiles
 from gpusaver.pipeline.incremental import Contents, Hashing, Incremental, WrittenFile, tensors_of
 from gpusaver.pipeline.plan import Item, Plan, Save
 from gpusaver.pipeline.preflight import Preflight
-from gpusaver.pipeline.save import Source, checksums_now, write_chunks
+from gpusaver.pipeline.save import Source, bulk_sources, checksums_now, write_chunks
 from gpusaver.pipeline.watched import Meter
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage, WritableFile
@@ -93,6 +95,7 @@ class Saving:
         """The same, laid out as it is to be written."""
         return save.moved(around_cache=self._in_place)
 
+    @collector_paused()
     def capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
         """What is to be written instead of ``save``, the mode used, and why.  Call it in the caller's thread."""
         runtimes = save.runtimes
@@ -107,6 +110,8 @@ class Saving:
                 if not reason:
                     return self._snapshot(save, parts), "snapshot", "memory sufficed"
             except ResourceExhaustedError as error:
+                for runtime in runtimes:
+                    runtime.synchronize()  # what one has copied before another had no room
                 self._snapshots.clear()
                 if capture == "snapshot":
                     raise
@@ -121,14 +126,28 @@ class Saving:
 
     def _snapshot(self, save: Save, parts: Sequence[_Part]) -> Save:
         sources: list[Source] = list(save.sources)
+        copied: list[Event] = []
         for part in parts:
             runtime = part.runtime
-            copies, self._snapshots[runtime.name] = runtime.snapshot(
+            copies, self._snapshots[runtime.name], event = runtime.snapshot(
                 part.arrays, part.places, self._snapshots.get(runtime.name)
             )
-            for number, copy in zip(part.numbers, copies, strict=True):
-                sources[number] = Source(runtime, copy)
-        return Save(save.plan, sources, save.string_checksums, is_snapshot=True)
+            of_runtime = bulk_sources(itertools.repeat(runtime), copies)
+            if len(parts) == 1:
+                sources = list(of_runtime)
+            else:
+                for number, source in zip(part.numbers, of_runtime, strict=True):
+                    sources[number] = source
+            if event is not None:
+                copied.append(event)
+        return Save(save.plan, sources, save.string_checksums, is_snapshot=True, copied=copied)
+
+    def finish_capture(self, save: Save, pending: PendingSave) -> None:
+        """In the background, before all else: a snapshot has been queued, and is now waited for."""
+        for event in save.copied:
+            event.synchronize()
+        if save.is_snapshot:
+            pending.mark_captured()
 
     def _reason_to_block(self, parts: Sequence[_Part]) -> str:
         """Why "auto" takes no snapshot: it must leave the training as much of the free memory as it takes itself."""
@@ -216,6 +235,7 @@ class Saving:
         """Fills all data files, or ``shards``; the checksums.  ``is_last``: then nothing is read any more."""
         is_staged = any(file.alignment > 1 for file in files) or save.runtimes != [HOST]
         threads = _STAGED_THREADS if is_staged else _THREADS
+        is_read = is_last and not save.is_snapshot  # the variables themselves, until this has ended
         return write_chunks(
             save.plan.layout,
             save.sources,
@@ -223,11 +243,12 @@ class Saving:
             self.slots,
             1 if any(file.ordered for file in files) else threads,
             shards=shards,
-            on_recorded=pending.mark_recorded if is_last else lambda _: None,
-            on_staged=pending.mark_captured if is_last else lambda: None,
+            on_recorded=pending.mark_recorded if is_read else lambda _: None,
+            on_staged=pending.mark_captured if is_read else lambda: None,
             cancelled=pending.cancel_requested,
             timeline=pending.timeline,
             in_place=self._in_place or save.is_snapshot,
+            is_snapshot=save.is_snapshot,
         )
 
     def _write_changed(
@@ -327,9 +348,10 @@ class _Part:
     """What one runtime has of a save; ``nbytes`` of memory hold a copy, each tensor at its place."""
 
     def __init__(self, save: Save, runtime: Runtime) -> None:
-        places, sizes = save.plan.places, save.plan.layout.nbytes
+        layout = save.plan.layout
+        own = np.flatnonzero(layout.owner == save.runtimes.index(runtime))
         self.runtime = runtime
-        self.numbers = [number for number, source in enumerate(save.sources) if source.runtime is runtime]
+        self.numbers: list[int] = own.tolist()
         self.arrays = [save.sources[number].array for number in self.numbers]
-        self.places = [places[number] for number in self.numbers]
-        self.nbytes = int((np.asarray(self.places) + sizes[self.numbers]).max())
+        self.places = save.plan.places[own]
+        self.nbytes = int((self.places + layout.nbytes[own]).max())

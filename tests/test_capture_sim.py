@@ -176,6 +176,31 @@ def test_a_fence_holds_a_stream_back(sim, tmp_path, small_chunks, how):
 
 
 @every_schedule
+@pytest.mark.parametrize("with_host_arrays", [False, True])
+def test_after_a_snapshot_nothing_waits_for_the_disk(sim, tmp_path, small_chunks, with_host_arrays):
+    variables = arrays(sim, 8)  # more chunks than slots
+    expected = contents(variables)
+    if with_host_arrays:
+        variables["on the host"] = np.arange(5000)
+        expected["on the host"] = variables["on the host"].tobytes()
+    other = sim.cupy.cuda.Stream(non_blocking=True)
+    with slow_saver(variables) as (saver, storage):
+        pending = saver.save_async(tmp_path / "model", capture="snapshot")
+        in_thread(lambda: pending.fence(other))
+        with other:
+            for array in variables.values():
+                array.fill(1)
+        assert in_thread(lambda: pending.wait_captured(SECONDS))
+        assert storage.arrived.wait(SECONDS)
+        assert not pending.done()
+        in_thread(pending.fence)
+        storage.opened.set()
+        assert stored(pending.result()) == expected
+        assert pending.report.captured_seconds < pending.report.durable_seconds
+    other.synchronize()
+
+
+@every_schedule
 def test_torchs_current_stream_is_a_callers_stream(sim, tmp_path, small_chunks, monkeypatch):
     """The variables are PyTorch's: it works in a stream of its own that CuPy does not know."""
     stream = sim.cupy.cuda.Stream(non_blocking=True)

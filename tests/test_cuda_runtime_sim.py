@@ -202,7 +202,7 @@ def test_arrays_may_change_as_soon_as_their_snapshot_is_taken(sim, which):
         held = None
         for round_ in (1, 2):  # the second one reuses the memory
             arrays = [sim.cupy.full(10, round_, np.int64), sim.cupy.full((3, 4), round_, np.int16).T]
-            copies, again = runtime.snapshot(arrays, [0, 256], held)
+            copies, again, _ = runtime.snapshot(arrays, np.array([0, 256]), held)
             for array in arrays:
                 array.fill(99)
             del arrays, array
@@ -267,7 +267,7 @@ def test_a_capture_is_refused_and_not_disturbed(sim, tmp_path):
         array += 1
         for call in (
             lambda: runtime.order_after_caller(),
-            lambda: runtime.snapshot([array], [0], None),
+            lambda: runtime.snapshot([array], np.array([0]), None),
             lambda: saver.save(tmp_path / "model"),
             lambda: saver.save_async(tmp_path / "model"),
             lambda: saver.restore(prefix),
@@ -284,7 +284,7 @@ def test_a_capture_is_refused_and_not_disturbed(sim, tmp_path):
 def test_no_room_for_a_snapshot(sim):
     runtime, array = runtime_of(), sim.cupy.full(40 * 1024, 1, np.uint8)
     with pytest.raises(ResourceExhaustedError, match="cuda:0: no room for a copy of the variables"):
-        runtime.snapshot([array], [0], None)
+        runtime.snapshot([array], np.array([0]), None)
     assert array.get().tolist() == [1] * 40 * 1024
 
 

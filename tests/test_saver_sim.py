@@ -44,6 +44,45 @@ def change(variables: dict[str, Any], value: int) -> None:
             array.fill(value)
 
 
+@late
+def test_a_plan_is_used_again_only_for_arrays_like_those_before(sim, tmp_path):
+    """Quickly compared by columns: each of these changes one of them."""
+    rng = np.random.default_rng(3)
+    models = {f"v{n}": rng.standard_normal(50 + n) for n in range(20)}
+    variables = {name: on_device(sim, model) for name, model in models.items()} | {"step": 7, "host": np.arange(4)}
+    changes: dict[str, Any] = {
+        "nothing": {},
+        "new arrays": {"v0": on_device(sim, models["v0"] + 1), "host": np.arange(4) + 1},
+        "another shape": {"v1": on_device(sim, models["v1"].reshape(3, 17))},
+        "another type": {"v2": on_device(sim, models["v2"].astype(np.float32))},
+        "strided": {"v3": on_device(sim, rng.standard_normal(106))[::2]},
+        "tied": {"v4": variables["v5"]},
+        "tied by another object": {"v4": variables["v5"].view(np.float64)},
+        "to the host": {"v6": models["v6"]},
+        "from the host": {"host": on_device(sim, np.arange(4))},
+        "to another device": {"v7": on_another(sim, models["v7"])},
+        "a scalar": {"v8": 3.5},
+        "back": {},
+    }
+    before = dict(variables)
+    with Saver(variables) as saver:
+        for what, change_ in changes.items():
+            variables.update(before)
+            variables.update(change_)
+            for capture in ("blocking", "snapshot"):
+                prefix = saver.save_async(tmp_path / "model", capture=capture).result()
+                found = gpusaver.load(prefix)
+                for name, value in variables.items():
+                    expected = value.get() if hasattr(value, "get") else np.asarray(value)
+                    assert found[name].dtype == expected.dtype, (what, name)
+                    assert np.array_equal(found[name], expected), (what, name)
+
+
+def on_another(sim: Any, model: np.ndarray[Any, Any]) -> Any:
+    with sim.cupy.cuda.Device(1):
+        return on_device(sim, model)
+
+
 @every_schedule
 @pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
 def test_a_saver_saves_and_restores(sim, tmp_path, sharded):

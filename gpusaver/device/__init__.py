@@ -1,6 +1,21 @@
 """Where arrays live and how their bytes are reached: the host, or a CUDA device through CuPy."""
 
-from gpusaver.device.admission import HOST, Admitted, admit, cuda_module, known_dtype
-from gpusaver.device.base import Event, HostBuffer, Runtime, Transfer
+from gpusaver.device.admission import HOST, Admitted, admit, array_types, cuda_module, known_dtype, runtimes_of
+from gpusaver.device.base import Checking, Event, HostBuffer, Runtime, Transfer, Transfers, are_contiguous
 
-__all__ = ["HOST", "Admitted", "Event", "HostBuffer", "Runtime", "Transfer", "admit", "cuda_module", "known_dtype"]
+__all__ = [
+    "HOST",
+    "Admitted",
+    "Checking",
+    "Event",
+    "HostBuffer",
+    "Runtime",
+    "Transfer",
+    "Transfers",
+    "admit",
+    "are_contiguous",
+    "array_types",
+    "cuda_module",
+    "known_dtype",
+    "runtimes_of",
+]

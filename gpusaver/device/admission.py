@@ -77,6 +77,29 @@ def admit(value: Any, name: str, dtype: DataType | None = None) -> Admitted:
     return Admitted(runtime, array, TensorSpec(found, tuple(array.shape)), None, rebuild)
 
 
+def array_types() -> frozenset[type]:
+    """Of arrays that are taken as they are: NumPy's and, where it has been imported, CuPy's."""
+    cupy = getattr(sys.modules.get("cupy"), "ndarray", None)
+    return frozenset((np.ndarray,) if cupy is None else (np.ndarray, cupy))
+
+
+def runtimes_of(values: Sequence[Any]) -> list[Runtime] | None:
+    """Where arrays of NumPy's or CuPy's own class live; None if there are others among them."""
+    types = set(map(type, values))
+    if types <= {np.ndarray}:
+        return [HOST] * len(values)
+    if types - array_types():
+        return None
+    if np.ndarray in types:
+        devices = [None if type(value) is np.ndarray else value.data.device_id for value in values]
+    else:
+        devices = [value.data.device_id for value in values]
+    runtimes = {device: HOST if device is None else cuda_module().cuda_runtime(device) for device in set(devices)}
+    if len(runtimes) == 1:
+        return list(runtimes.values()) * len(values)
+    return list(map(runtimes.__getitem__, devices))
+
+
 def _from_numpy(array: np.ndarray[Any, Any], name: str, dtype: DataType | None) -> Admitted:
     kind = array.dtype.kind
     if kind in "OSU":

@@ -6,24 +6,40 @@ asks what kind of array it has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from gpusaver.tensor import Buffer, TensorSpec
 
+Column = npt.NDArray[np.int64]
+
 
 class Event(Protocol):
-    """Something that will have happened: a copy to or from a slot."""
-
-    @property
-    def checksums(self) -> Sequence[int] | None:
-        """Of each transfer's bytes, unmasked, if the device computed them; there when ``synchronize`` has returned."""
+    """Something that will have happened: copies, or the computing of checksums."""
 
     def synchronize(self) -> None:
         """Blocks until it has, GIL free; raises if it failed.  Nothing uses the slot any more, in either case."""
 
     def hold_back(self, stream: Any) -> None:
         """Work queued in ``stream`` from now on (None: the device's current one) starts when it has happened."""
+
+
+class Checking(Protocol):
+    """Checksums that a device will compute, of bytes that lie there."""
+
+    def start(self) -> None:
+        """Queues it, after all copies that were queued before."""
+
+    def result(self) -> list[int]:
+        """Of each array, unmasked: waits for what :meth:`start` queued.  Raises if that failed."""
+
+    def close(self) -> None:
+        """Waits for what is queued and gives memory back.  Idempotent; never raises."""
 
 
 class HostBuffer(Protocol):
@@ -44,6 +60,54 @@ class Transfer(NamedTuple):
     nbytes: int
 
 
+class Transfers(Sequence[Transfer]):
+    """Many of them, as columns: a row is made when it is asked for, which takes as long as to copy some kilobytes."""
+
+    def __init__(self, arrays: Sequence[Any], starts: Column, offsets: Column, nbytes: Column) -> None:
+        self.arrays = arrays
+        self.starts = starts
+        self.offsets = offsets
+        self.nbytes = nbytes
+
+    @classmethod
+    def of(cls, rows: Sequence[Transfer]) -> Transfers:
+        if isinstance(rows, cls):
+            return rows
+        numbers = np.array([row[1:] for row in rows], np.int64).reshape(-1, 3)
+        return cls([row.array for row in rows], *numbers.T)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    @overload
+    def __getitem__(self, number: int) -> Transfer: ...
+    @overload
+    def __getitem__(self, number: slice) -> Transfers: ...
+    def __getitem__(self, number: int | slice) -> Transfer | Transfers:
+        columns = self.starts[number], self.offsets[number], self.nbytes[number]
+        if isinstance(number, slice):
+            return Transfers(self.arrays[number], *columns)
+        return Transfer(self.arrays[number], *map(int, columns))
+
+    def __iter__(self) -> Iterator[Transfer]:
+        columns = self.starts.tolist(), self.offsets.tolist(), self.nbytes.tolist()
+        return map(_transfer, zip(self.arrays, *columns, strict=True))
+
+
+_transfer = functools.partial(tuple.__new__, Transfer)  # a third of the time of Transfer(...)
+
+
+_C_CONTIGUOUS = operator.attrgetter("_c_contiguous")
+
+
+def are_contiguous(arrays: Sequence[Any]) -> list[bool]:
+    """Of CuPy arrays: by the attribute behind their flags, which are made anew each time and take ten times as long."""
+    try:
+        return list(map(bool, map(_C_CONTIGUOUS, arrays)))
+    except AttributeError:
+        return [bool(array.flags.c_contiguous) for array in arrays]
+
+
 class Runtime(Protocol):
     """One place where arrays live.  Methods may be called from any thread unless they say otherwise.
 
@@ -62,8 +126,11 @@ class Runtime(Protocol):
     def free_memory(self) -> int | None:
         """Bytes that a snapshot could take; None if only trying tells."""
 
-    def snapshot(self, arrays: Sequence[Any], places: Sequence[int], memory: Any | None) -> tuple[list[Any], Any]:
-        """Copies of the arrays as they are now, in order of the caller's work, and the memory that holds them.
+    def snapshot(
+        self, arrays: Sequence[Any], places: Column, memory: Any | None
+    ) -> tuple[list[Any], Any, Event | None]:
+        """Copies of the arrays as they are now, in order of the caller's work; the memory that holds them; and when
+        they will be there (None: they are).
 
         ``places``: where each copy begins in that memory (bytes, as far from each other as in the data file, so that a
         chunk lies there in one piece).  ``memory`` is what an earlier call returned, reused and, if it does not
@@ -84,11 +151,15 @@ class Runtime(Protocol):
         of arrays or all of copies of one snapshot.  If it raises, nothing uses the slot any more.
         """
 
-    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview, *, checked: bool = False) -> Event | None:
+    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
         """Copies from the slot into the arrays; the slot may be reused when the event has happened (None: already).
 
-        ``checked``: the event has the checksums, where the device can compute them.  Otherwise as :meth:`to_slot`.
+        Otherwise as :meth:`to_slot`.
         """
+
+    def checking(self, arrays: Sequence[Any]) -> Checking | None:
+        """Of the bytes of contiguous arrays, or of copies of one snapshot, as they will be when it starts; None where
+        the device cannot do it, and the host must."""
 
     def synchronize(self) -> None:
         """Waits for all copies queued so far, also after one of them failed.  Never raises."""

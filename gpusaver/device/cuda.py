@@ -20,17 +20,19 @@ import functools
 import importlib.metadata
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import cupy
 import numpy as np
 
-from gpusaver.device.base import Event, HostBuffer, Transfer
+from gpusaver.bundle.crc import combine
+from gpusaver.device.base import Checking, Event, HostBuffer, Transfer, Transfers, are_contiguous
+from gpusaver.device.cuda_image import Copy, Filling, Snapshot, plan_filling
 from gpusaver.device.cuda_kernels import Kernels, load
-from gpusaver.device.cuda_memory import DeviceBuffer, Held, Image, PinnedBuffer, Pool
+from gpusaver.device.cuda_memory import DeviceBuffer, Held, PinnedBuffer, Pool
 from gpusaver.device.cuda_streams import callers_streams, handle_of, on_device, record, wait_for
-from gpusaver.device.launch_plan import cut_rows
+from gpusaver.device.launch_plan import Column, column, cut_rows
 from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
 from gpusaver.tensor import TensorSpec
 
@@ -38,9 +40,9 @@ _log = logging.getLogger("gpusaver")
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 #: A copy of this size is worth queueing alone; smaller ones go together, by a kernel.
-DIRECT_NBYTES = 1024 * 1024
+DIRECT_NBYTES = 3 * 1024 * 1024
 #: On their way at once, in a save by the pipeline's rule and in a restore by the number of its readers.
-_QUEUED_CHUNKS = 2
+_QUEUED_CHUNKS = 4
 #: Of the buffers that chunks are gathered in.
 _BUFFER_NBYTES = 8 * 1024 * 1024
 
@@ -67,43 +69,67 @@ def _warn_about_two_wheels() -> None:
 _warn_about_two_wheels()
 
 
-class Copy(NamedTuple):
-    """A tensor in an image: what a snapshot made of an array."""
-
-    image: Image
-    place: int
-
-
-class _Copied:
+class _Ended:
     """See :class:`gpusaver.device.base.Event`.  Never recorded anew, since somebody may still wait for it.
 
-    ``held``: what was used by the work that ends with the events, and by earlier work without an event of its own.
+    ``held``: what was used by the work that ends with the event.
     """
 
-    def __init__(self, runtime: CudaRuntime, copied: Any, checked: Any, held: list[Held]) -> None:
-        self.checksums: list[int] | None = None
+    def __init__(self, runtime: CudaRuntime, event: Any, held: Held) -> None:
         self._runtime = runtime
-        self._copied = copied
-        self._checked = checked
+        self._event = event
         self._held = held
 
     def synchronize(self) -> None:
         try:
-            self._copied.synchronize()
-            if self._checked is not None:
-                self._checked.synchronize()
+            self._event.synchronize()
         except BaseException:
             self._runtime.synchronize()
             raise
-        self._runtime.land(self._held)
-        results = self._held[0].results
-        self.checksums = results.tolist() if results is not None else None
+        self._runtime.land([self._held])
 
     def hold_back(self, stream: Any) -> None:
         with on_device(self._runtime.device):
             handles = callers_streams(self._runtime.device) if stream is None else [handle_of(stream)]
             for handle in handles:
-                wait_for(handle, self._copied)
+                wait_for(handle, self._event)
+
+
+class _Checking:
+    """See :class:`gpusaver.device.base.Checking`.  ``rows``: of which array each piece is; in order."""
+
+    def __init__(self, runtime: CudaRuntime, kernels: Kernels, rows: Column, addresses: Column, sizes: Column) -> None:
+        self._runtime = runtime
+        self._rows = rows
+        self._sizes = sizes
+        self._held = Held()
+        self._ended: _Ended | None = None
+        self._launch = kernels.crc32c(addresses, sizes, self._held)
+
+    def start(self) -> None:
+        self._ended = self._runtime.check(self._launch, self._held)
+
+    def result(self) -> list[int]:
+        assert self._ended is not None
+        self._ended.synchronize()
+        assert self._held.results is not None
+        found: list[int] = self._held.results.tolist()
+        if not len(found) or len(found) == self._rows[-1] + 1:
+            return found
+        whole: list[int] = []
+        for row, crc, nbytes in zip(self._rows.tolist(), found, self._sizes.tolist(), strict=True):
+            if row == len(whole):
+                whole.append(crc)
+            else:
+                whole[row] = combine(whole[row], crc, nbytes)
+        return whole
+
+    def close(self) -> None:
+        if self._ended is None:
+            self._held.release()
+        else:
+            with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+                self._ended.synchronize()
 
 
 class CudaRuntime:
@@ -115,12 +141,10 @@ class CudaRuntime:
         with on_device(device):
             self._copies = cupy.cuda.Stream(non_blocking=True)
             self._checks = cupy.cuda.Stream(non_blocking=True)  # the default priority is the lowest there is
-        #: Whoever queues work that belongs together has it.
         self._lock = threading.RLock()
         self._buffers: Pool[DeviceBuffer] = Pool(DeviceBuffer, _BUFFER_NBYTES)
-        #: Of all work that nobody has waited for yet; and of that, what no event of its own will tell the end of.
+        #: Of all work that nobody has waited for yet.
         self._in_flight: set[Held] = set()
-        self._unmarked: list[Held] = []
         self._loaded: tuple[Kernels | None, str] | None = None
 
     def owns(self, value: Any) -> bool:
@@ -136,45 +160,50 @@ class CudaRuntime:
             free, _ = cupy.cuda.runtime.memGetInfo()
         return int(free)
 
-    def snapshot(self, arrays: Sequence[Any], places: Sequence[int], memory: Image | None) -> tuple[list[Copy], Image]:
-        needed = max((place + array.nbytes for place, array in zip(places, arrays, strict=True)), default=0)
-        image = memory or Image()
+    def snapshot(
+        self, arrays: Sequence[Any], places: Column, memory: Snapshot | None
+    ) -> tuple[list[Copy], Snapshot, Event | None]:
+        snapshot, sizes = memory or Snapshot(), column([array.nbytes for array in arrays])
         with on_device(self.device):
             callers = callers_streams(self.device)
             try:
-                image.grow(needed)
+                snapshot.image.grow(int((places + sizes).max(initial=0)))
             except ResourceExhaustedError as error:
                 raise ResourceExhaustedError(f"{self.name}: no room for a copy of the variables: {error}") from error
-        with self._queueing() as held:
+        with self._queueing(Held()) as held:
             held.keep(arrays)  # not the image: who frees device memory waits for the device
             for handle in callers:
                 wait_for(self._copies.ptr, record(handle))
-            self._fill(image, arrays, places, held)
+            filling = self._fill(snapshot, arrays, places, sizes, held)
             filled = record(self._copies.ptr)
-            for handle in (*callers, self._checks.ptr):
+            for handle in callers:
                 wait_for(handle, filled)
-            self._unmarked.append(held)
-        return [Copy(image, place) for place in places], image
+        return filling.copies, snapshot, _Ended(self, filled, held)
 
-    def _fill(self, image: Image, arrays: Sequence[Any], places: Sequence[int], held: Held) -> None:
+    def _fill(self, snapshot: Snapshot, arrays: Sequence[Any], places: Column, sizes: Column, held: Held) -> Filling:
         kernels = self.kernels()
-        small: dict[DeviceBuffer, list[Transfer]] = {}
-        for array, place in zip(arrays, places, strict=True):
-            is_plain = array.flags.c_contiguous
-            start = 0
-            for block, address, nbytes in image.stretches(place, array.nbytes):
-                if kernels is None or (is_plain and nbytes >= DIRECT_NBYTES):
-                    self._move(Transfer(array, start, 0, nbytes), address, _DEVICE_TO_DEVICE)
-                else:
-                    small.setdefault(block, []).append(Transfer(array, start, address - block.pointer, nbytes))
-                start += nbytes
-        for block, transfers in small.items():
+        pointers = column([array.data.ptr for array in arrays])
+        signature = column([pointers, places, sizes, are_contiguous(arrays)])
+        filling = snapshot.filling
+        if filling is None or not np.array_equal(filling.signature, signature):
+            direct_nbytes = DIRECT_NBYTES if kernels is not None else 1
+            filling = snapshot.filling = plan_filling(snapshot.image, signature, direct_nbytes=direct_nbytes)
+        for target, origin, nbytes in filling.direct:
+            self._memcpy(target, origin, nbytes, _DEVICE_TO_DEVICE)
+        for row, start, block, offset, nbytes in filling.strided:
+            transfer = Transfer(arrays[row], start, offset, nbytes)
+            if kernels is not None:
+                kernels.gather([transfer], block, self._copies, held)
+            else:
+                self._move(transfer, block + offset, _DEVICE_TO_DEVICE)
+        for block, tiles in filling.tiles.items():
             assert kernels is not None
             try:
-                kernels.gather(transfers, block.pointer, self._copies, held)
+                kernels.copy_tiles("gather", tiles, block, self._copies, held)
             except ResourceExhaustedError:  # no room for the kernel's table
-                for transfer in transfers:
-                    self._move(transfer, block.pointer + transfer.offset, _DEVICE_TO_DEVICE)
+                for origin, offset, nbytes in tiles.tolist():
+                    self._memcpy(block + offset, origin, nbytes, _DEVICE_TO_DEVICE)
+        return filling
 
     def view(self, array: Any, start: int, nbytes: int) -> memoryview | None:
         return None
@@ -184,10 +213,10 @@ class CudaRuntime:
             return PinnedBuffer(nbytes)
 
     def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
-        base = _address_of(slot)
-        with self._queueing() as held:
-            held.keep(slot, [transfer.array for transfer in transfers])
-            if isinstance(transfers[0].array, Copy):
+        base, transfers = _address_of(slot), Transfers.of(transfers)
+        with self._queueing(Held()) as held:
+            held.keep(slot, transfers.arrays)
+            if isinstance(transfers.arrays[0], Copy):
                 return self._from_image(transfers, base, held)
             copies = _direct_copies(transfers)
             if copies is not None:
@@ -198,7 +227,7 @@ class CudaRuntime:
                     self._move(transfer, base + transfer.offset, _DEVICE_TO_HOST)
             return self._mark(held)
 
-    def _gather(self, transfers: Sequence[Transfer], base: int, held: Held) -> bool:
+    def _gather(self, transfers: Transfers, base: int, held: Held) -> bool:
         """Whether there are kernels, and room on the device to gather in."""
         kernels = self.kernels()
         if kernels is None:
@@ -211,68 +240,76 @@ class CudaRuntime:
             return True
         return False
 
-    def _from_image(self, transfers: Sequence[Transfer], base: int, held: Held) -> _Copied:
+    def _from_image(self, transfers: Transfers, base: int, held: Held) -> _Ended:
         """A chunk lies in the image as it will in the file: the pieces and what is between them are copied at once."""
-        copy, start, offset, _ = transfers[0]
+        copy, start, _, _ = transfers[0]
         begin, end = _extent(transfers)
-        first = copy.place + start
-        for _, device, nbytes in copy.image.stretches(first, end - begin):
-            self._memcpy(base + offset, device, nbytes, _DEVICE_TO_HOST)
-            offset += nbytes
-        return self._mark(held, self._pieces_in(transfers))
+        places, sizes = column([copy.place + start]), column([end - begin])
+        _, starts, block, offset, nbytes = copy.image.stretches(places, sizes)
+        for target, origin, size in column([base + begin + starts, block + offset, nbytes]).T.tolist():
+            self._memcpy(target, origin, size, _DEVICE_TO_HOST)
+        return self._mark(held)
 
-    def _pieces_in(self, transfers: Sequence[Transfer]) -> list[tuple[int, int]] | None:
-        """Where the pieces are, for their checksums; None where a border of blocks cuts one."""
-        pieces = []
-        for (image, place), start, _, nbytes in transfers:
-            stretches = list(image.stretches(place + start, nbytes))
-            if len(stretches) != 1:
-                return None
-            pieces.append((stretches[0][1], nbytes))
-        return pieces
-
-    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview, *, checked: bool = False) -> Event | None:
-        base = _address_of(slot)
-        with self._queueing() as held:
-            held.keep(slot, [transfer.array for transfer in transfers])
+    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+        base, transfers = _address_of(slot), Transfers.of(transfers)
+        with self._queueing(Held()) as held:
+            held.keep(slot, transfers.arrays)
             copies = _direct_copies(transfers)
-            pieces: list[tuple[int, int]] | None
             if copies is not None:
                 for device, offset, nbytes in copies:
                     self._memcpy(device, base + offset, nbytes, _HOST_TO_DEVICE)
-                pieces = [(array.data.ptr + start, nbytes) for array, start, _, nbytes in transfers]
-            else:
-                pieces = self._scatter(transfers, base, held)
-                if pieces is None:
-                    for transfer in transfers:
-                        self._move(transfer, base + transfer.offset, _HOST_TO_DEVICE)
-            return self._mark(held, pieces if checked else None, are_copied=True)
+            elif not self._scatter(transfers, base, held):
+                for transfer in transfers:
+                    self._move(transfer, base + transfer.offset, _HOST_TO_DEVICE)
+            return self._mark(held)
 
-    def _scatter(self, transfers: Sequence[Transfer], base: int, held: Held) -> list[tuple[int, int]] | None:
-        """Where on the device the bytes were scattered from; None without kernels, or room for the bytes."""
+    def _scatter(self, transfers: Transfers, base: int, held: Held) -> bool:
+        """Whether there are kernels, and room on the device to scatter from."""
         kernels = self.kernels()
         if kernels is None:
-            return None
+            return False
         begin, end = _extent(transfers)
         with contextlib.suppress(ResourceExhaustedError):
             buffer = held.borrow(self._buffers, end)
             self._memcpy(buffer.pointer + begin, base + begin, end - begin, _HOST_TO_DEVICE)
             kernels.scatter(transfers, buffer.pointer, self._copies, held)
-            return [(buffer.pointer + offset, nbytes) for _, _, offset, nbytes in transfers]
+            return True
+        return False
+
+    def checking(self, arrays: Sequence[Any]) -> Checking | None:
+        kernels = self.kernels()
+        if kernels is None:
+            return None
+        if isinstance(arrays[0], Copy):
+            places, sizes = column([copy.place for copy in arrays]), column([copy.nbytes for copy in arrays])
+            rows, _, block, offset, sizes = arrays[0].image.stretches(places, sizes)
+            addresses = block + offset
+        else:
+            rows = np.arange(len(arrays))
+            addresses, sizes = column([a.data.ptr for a in arrays]), column([a.nbytes for a in arrays])
+        with contextlib.suppress(ResourceExhaustedError):
+            return _Checking(self, kernels, rows, addresses, sizes)
         return None
 
+    def check(self, launch: Callable[[Any], Any], held: Held) -> _Ended:
+        """Queues a kernel that computes checksums, after all copies so far."""
+        with self._queueing(held):
+            wait_for(self._checks.ptr, record(self._copies.ptr))
+            held.results = launch(self._checks)
+            return _Ended(self, record(self._checks.ptr), held)
+
     def synchronize(self) -> None:
-        with self._lock, on_device(self.device):
+        with on_device(self.device):
+            landed = list(self._in_flight)
             if _has_ended(self._copies.synchronize, self._checks.synchronize):
-                self.land(self._in_flight)
+                self.land(landed)
 
     def warm_up(self) -> None:
         kernels = self.kernels()
         if kernels is not None:
-            with self._queueing() as held, contextlib.suppress(ResourceExhaustedError):
-                for _ in range(_QUEUED_CHUNKS):  # each is scattered and checked
+            with self._queueing(Held()) as held, contextlib.suppress(ResourceExhaustedError):
+                for _ in range(_QUEUED_CHUNKS):
                     held.borrow(self._buffers, _BUFFER_NBYTES)
-                    held.borrow(kernels.tables, 1)
                     held.borrow(kernels.tables, 1)
             self.land([held])
 
@@ -300,40 +337,29 @@ class CudaRuntime:
     # -- queueing
 
     @contextlib.contextmanager
-    def _queueing(self) -> Iterator[Held]:
-        """Around queueing work that belongs together, with what it uses; after an error nothing is in flight."""
-        with self._lock, on_device(self.device):
-            held = Held()
-            self._in_flight.add(held)
+    def _queueing(self, held: Held) -> Iterator[Held]:
+        """Around queueing work, with what it uses; after an error nothing is in flight.
+
+        Without a lock: threads that each call CUDA several times would hold each other up, since every call gives the
+        GIL away.  Until all is queued ``held`` is this thread's alone, so that no other one lands it.
+        """
+        with on_device(self.device):
             try:
                 yield held
             except BaseException:
                 self.synchronize()
+                self.land([held])
                 raise
+            self._in_flight.add(held)
 
-    def _mark(
-        self, held: Held, pieces: Sequence[tuple[int, int]] | None = None, *, are_copied: bool = False
-    ) -> _Copied:
-        """The event that ends the work, and the checksums of the pieces, if any, where kernels can compute them.
+    def _mark(self, held: Held) -> _Ended:
+        """The end of the copies queued so far."""
+        return _Ended(self, record(self._copies.ptr), held)
 
-        ``are_copied``: the pieces are there when the copies have ended; else they were there before.
-        """
-        kernels = self.kernels()
-        copied = record(self._copies.ptr)
-        checked = None
-        if pieces is not None and kernels is not None:
-            if are_copied:
-                wait_for(self._checks.ptr, copied)
-            with contextlib.suppress(ResourceExhaustedError):  # then the host computes them
-                held.results = kernels.crc32c(pieces, self._checks, held)
-                checked = record(self._checks.ptr)
-        ended, self._unmarked = [held, *self._unmarked], []
-        return _Copied(self, copied, checked, ended)
-
-    def land(self, helds: set[Held] | list[Held]) -> None:
+    def land(self, helds: Sequence[Held]) -> None:
         """Gives up what was held for work that somebody has waited for."""
         with self._lock:
-            for held in list(helds):
+            for held in helds:
                 self._in_flight.discard(held)
                 held.release()
 
@@ -393,17 +419,17 @@ def _address_of(slot: memoryview) -> int:
     return int(np.frombuffer(slot, np.uint8).ctypes.data)
 
 
-def _extent(transfers: Sequence[Transfer]) -> tuple[int, int]:
+def _extent(transfers: Transfers) -> tuple[int, int]:
     """Of the slot, what the transfers cover.  They are in ascending order."""
-    return transfers[0].offset, transfers[-1].offset + transfers[-1].nbytes
+    return int(transfers.offsets[0]), int(transfers.offsets[-1] + transfers.nbytes[-1])
 
 
-def _direct_copies(transfers: Sequence[Transfer]) -> list[tuple[int, int, int]] | None:
+def _direct_copies(transfers: Transfers) -> list[tuple[int, int, int]] | None:
     """``(device address, slot offset, nbytes)`` of the copies that serve all transfers, None if a kernel serves better.
 
     Parts of one allocation that follow each other on both sides go in one copy.
     """
-    most = 1 + sum(transfer.nbytes for transfer in transfers) // DIRECT_NBYTES
+    most = 1 + int(transfers.nbytes.sum()) // DIRECT_NBYTES
     copies: list[tuple[int, int, int]] = []
     device = offset = nbytes = 0
     memory: Any = None

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import cupy
 import numpy as np
 import numpy.typing as npt
 
-from gpusaver.device.base import Transfer
+from gpusaver.device.base import Transfer, Transfers, are_contiguous
 from gpusaver.device.cuda_memory import Held, Pool, Table
 from gpusaver.device.cuda_streams import on_device
 from gpusaver.device.launch_plan import (
@@ -29,6 +29,7 @@ from gpusaver.device.launch_plan import (
     MAX_DIMS,
     TILE_UNITS,
     WARPS_PER_BLOCK,
+    Column,
     column,
     cut_parts,
     cut_tiles,
@@ -78,47 +79,57 @@ class Kernels:
         """
         self._copy("scatter", transfers, image, stream, held)
 
-    def crc32c(self, pieces: Sequence[tuple[int, int]], stream: Any, held: Held) -> npt.NDArray[np.uint32]:
-        """The checksums of (address, nbytes) pieces, unmasked, as :func:`gpusaver.bundle.crc.crc32c` computes them.
-
-        The array is in page-locked memory of ``held``: its values are there when the stream got there, and until
-        ``held`` is released.
-        """
-        addresses, sizes = column([address for address, _ in pieces]), column([nbytes for _, nbytes in pieces])
-        parts = cut_parts(addresses, sizes, part_nbytes(int(sizes.sum()), self._multiprocessors))
+    def copy_tiles(self, name: str, tiles: npt.NDArray[np.void], image: int, stream: Any, held: Held) -> None:
+        """The same ("gather", "scatter") of contiguous bytes that are cut already, and held."""
+        if not len(tiles):
+            return
         with on_device(self._device), stream:
-            table = self._upload([parts, initial_checksums(sizes)], stream, held)
-            device = table.device.pointer + parts.nbytes
-            checksums = table.host[parts.nbytes : parts.nbytes + 4 * len(sizes)].view(np.uint32)
-            if len(parts):
-                blocks = -(-len(parts) // WARPS_PER_BLOCK)
-                grid = min(blocks, _CRC_BLOCKS_PER_MULTIPROCESSOR * self._multiprocessors)
-                arguments = (np.uint64(table.device.pointer), np.uint32(len(parts)), np.uint64(device))
-                self._functions["crc32c"]((grid,), (32, WARPS_PER_BLOCK), arguments)
-                cupy.cuda.runtime.memcpyAsync(
-                    checksums.ctypes.data, device, checksums.nbytes, _DEVICE_TO_HOST, stream.ptr
-                )
-        return checksums
-
-    def _copy(self, name: str, transfers: Sequence[Transfer], image: int, stream: Any, held: Held) -> None:
-        held.keep(*[transfer.array for transfer in transfers])
-        pointers, offsets, sizes = [], [], []
-        with on_device(self._device), stream:
-            for array, start, offset, nbytes in transfers:
-                if array.flags.c_contiguous:
-                    pointers.append(array.data.ptr + start)
-                    offsets.append(offset)
-                    sizes.append(nbytes)
-                else:
-                    self._copy_strided(f"{name}_strided", array, start, nbytes, image + offset)
-            if not pointers:
-                return
-            addresses, places = column(pointers), column(offsets)
-            targets = addresses if name == "scatter" else image + places
-            tiles = cut_tiles(addresses, places, column(sizes), targets)
-            table = self._upload([tiles], stream, held)
+            table, nbytes = self._table([tiles], held)
+            _upload(table, nbytes, stream)
             arguments = (np.uint64(table.device.pointer), np.uint64(image))
             self._functions[name]((len(tiles),), (_THREADS,), arguments)
+
+    def crc32c(self, addresses: Column, sizes: Column, held: Held) -> Callable[[Any], npt.NDArray[np.uint32]]:
+        """``launch(stream)``, to be called once, which queues the computing of the checksums of pieces, unmasked, as
+        :func:`gpusaver.bundle.crc.crc32c` computes them; memory for that is borrowed now.
+
+        It returns an array in page-locked memory of ``held``: its values are there when the stream got there, and until
+        ``held`` is released.
+        """
+        parts = cut_parts(addresses, sizes, part_nbytes(int(sizes.sum()), self._multiprocessors))
+        with on_device(self._device):
+            table, nbytes = self._table([parts, initial_checksums(sizes)], held)
+
+        def launch(stream: Any) -> npt.NDArray[np.uint32]:
+            checksums = table.host[parts.nbytes : nbytes].view(np.uint32)
+            if len(parts):
+                with on_device(self._device), stream:
+                    _upload(table, nbytes, stream)
+                    blocks = -(-len(parts) // WARPS_PER_BLOCK)
+                    grid = min(blocks, _CRC_BLOCKS_PER_MULTIPROCESSOR * self._multiprocessors)
+                    device = table.device.pointer + parts.nbytes
+                    arguments = (np.uint64(table.device.pointer), np.uint32(len(parts)), np.uint64(device))
+                    self._functions["crc32c"]((grid,), (32, WARPS_PER_BLOCK), arguments)
+                    cupy.cuda.runtime.memcpyAsync(
+                        checksums.ctypes.data, device, checksums.nbytes, _DEVICE_TO_HOST, stream.ptr
+                    )
+            return checksums
+
+        return launch
+
+    def _copy(self, name: str, transfers: Sequence[Transfer], image: int, stream: Any, held: Held) -> None:
+        transfers = Transfers.of(transfers)
+        held.keep(transfers.arrays)
+        plain = are_contiguous(transfers.arrays)
+        if not all(plain):
+            with on_device(self._device), stream:
+                for (array, start, offset, nbytes), is_plain in zip(transfers, plain, strict=True):
+                    if not is_plain:
+                        self._copy_strided(f"{name}_strided", array, start, nbytes, image + offset)
+        addresses = (column([array.data.ptr for array in transfers.arrays]) + transfers.starts)[plain]
+        offsets, sizes = transfers.offsets[plain], transfers.nbytes[plain]
+        targets = addresses if name == "scatter" else image + offsets
+        self.copy_tiles(name, cut_tiles(addresses, offsets, sizes, targets), image, stream, held)
 
     def _copy_strided(self, name: str, array: Any, start: int, nbytes: int, flat: int) -> None:
         pointer = array.data.ptr
@@ -140,15 +151,16 @@ class Kernels:
         )
         self._functions[name]((-(-plan.units // TILE_UNITS),), (_THREADS,), arguments)
 
-    def _upload(self, columns: Iterable[npt.NDArray[Any]], stream: Any, held: Held) -> Table:
-        """The columns one after the other in a table, on the way to the device."""
+    def _table(self, columns: Iterable[npt.NDArray[Any]], held: Held) -> tuple[Table, int]:
+        """The columns one after the other in a table, and how many bytes they are."""
         octets = np.concatenate([values.view(np.uint8) for values in columns])
         table = held.borrow(self.tables, max(octets.nbytes, 1))
         table.host[: octets.nbytes] = octets
-        cupy.cuda.runtime.memcpyAsync(
-            table.device.pointer, table.host.ctypes.data, octets.nbytes, _HOST_TO_DEVICE, stream.ptr
-        )
-        return table
+        return table, octets.nbytes
+
+
+def _upload(table: Table, nbytes: int, stream: Any) -> None:
+    cupy.cuda.runtime.memcpyAsync(table.device.pointer, table.host.ctypes.data, nbytes, _HOST_TO_DEVICE, stream.ptr)
 
 
 @functools.cache

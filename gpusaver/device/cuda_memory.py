@@ -20,7 +20,6 @@ that nobody closed.  In a forked child, where CUDA must not be called, freeing d
 from __future__ import annotations
 
 import abc
-import bisect
 import contextlib
 import ctypes
 import mmap
@@ -40,9 +39,6 @@ from gpusaver.errors import ResourceExhaustedError
 #: cudaHostRegisterPortable and cudaHostAllocPortable: pinned for every device of the process.
 _PORTABLE = 1
 _OUT_OF_MEMORY = 2
-_PAGE = 4096
-#: Of an image: small enough to be found in memory that others have used in pieces.
-BLOCK_NBYTES = 256 * 1024 * 1024
 
 
 class _Owner(abc.ABC):
@@ -170,38 +166,6 @@ def _room(complaint: str) -> Iterator[None]:
         raise ResourceExhaustedError(f"{complaint}: {error}") from error
 
 
-class Image:
-    """Memory of one device that holds tensors as a data file will; addressed as one, allocated in blocks."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self._starts: list[int] = []
-        self._blocks: list[DeviceBuffer] = []
-
-    def grow(self, nbytes: int) -> None:
-        """To at least ``nbytes`` bytes.  ResourceExhaustedError, the image as it was, if the device has no room."""
-        more: list[DeviceBuffer] = []
-        missing = -(-(nbytes - self.nbytes) // _PAGE) * _PAGE
-        while missing > 0:
-            more.append(DeviceBuffer(min(missing, BLOCK_NBYTES)))
-            missing -= more[-1].nbytes
-        for block in more:
-            self._starts.append(self.nbytes)
-            self._blocks.append(block)
-            self.nbytes += block.nbytes
-
-    def stretches(self, place: int, nbytes: int) -> Iterator[tuple[DeviceBuffer, int, int]]:
-        """(block, device address, nbytes) of the bytes [place, place + nbytes)."""
-        end = place + nbytes
-        number = bisect.bisect_right(self._starts, place) - 1
-        while place < end:
-            block, start = self._blocks[number], self._starts[number]
-            length = min(end, start + block.nbytes) - place
-            yield block, block.pointer + place - start, length
-            place += length
-            number += 1
-
-
 class _Buffer(Protocol):
     nbytes: int
 
@@ -258,6 +222,7 @@ class Held:
         self._kept += objects
 
     def borrow(self, pool: Pool[B], nbytes: int) -> B:
+        """ResourceExhaustedError if there is no room."""
         buffer = pool.borrow(nbytes)
         self._loans.append(lambda: pool.give_back(buffer))
         return buffer

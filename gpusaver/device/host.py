@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpusaver.device.base import Event, HostBuffer, Transfer
+from gpusaver.device.base import Checking, Column, Event, HostBuffer, Transfer
 from gpusaver.errors import ResourceExhaustedError
 from gpusaver.tensor import Buffer, TensorSpec
 
@@ -42,9 +42,10 @@ class HostRuntime:
         return None
 
     def snapshot(
-        self, arrays: Sequence[Array], places: Sequence[int], memory: Array | None
-    ) -> tuple[list[Array], Array]:
-        needed = max((place + array.nbytes for place, array in zip(places, arrays, strict=True)), default=0)
+        self, arrays: Sequence[Array], places: Column, memory: Array | None
+    ) -> tuple[list[Array], Array, Event | None]:
+        ends = (place + array.nbytes for place, array in zip(places.tolist(), arrays, strict=True))
+        needed = max(ends, default=0)
         if memory is None or memory.nbytes < needed:
             available = memory_available()
             if available is not None and needed > available:
@@ -53,11 +54,11 @@ class HostRuntime:
                 )
             memory = allocate_pages(needed)
         copies = []
-        for array, place in zip(arrays, places, strict=True):
+        for array, place in zip(arrays, places.tolist(), strict=True):
             copy = memory[place : place + array.nbytes].view(little_endian(array.dtype)).reshape(array.shape)
             np.copyto(copy, array)
             copies.append(copy)
-        return copies, memory
+        return copies, memory, None
 
     def view(self, array: Array, start: int, nbytes: int) -> Buffer | None:
         if not is_plain(array):
@@ -89,7 +90,7 @@ class HostRuntime:
             np.concatenate(same, axis=None, out=target)
             position += target.nbytes
 
-    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview, *, checked: bool = False) -> Event | None:
+    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
         source: npt.NDArray[np.uint8] | None = None
         for array, start, offset, nbytes in transfers:
             view = byte_view(array)[start : start + nbytes] if is_plain(array) else None
@@ -103,6 +104,9 @@ class HostRuntime:
                 np.copyto(np.frombuffer(view, np.uint8), part)
             else:
                 _copy_strided(array, start, part, to_array=True)
+        return None
+
+    def checking(self, arrays: Sequence[Array]) -> Checking | None:
         return None
 
     def allocate(self, nbytes: int) -> HostBuffer:

@@ -46,7 +46,7 @@ def cut_tiles(array: Column, offset: Column, nbytes: Column, target: Column) -> 
     """One record per tile, of type TILE.  The columns describe the pieces; ``target`` is where each of them goes."""
     shift = target % LINE_NBYTES
     count = np.where(nbytes > 0, -(-(nbytes + shift) // TILE_NBYTES), 0)
-    piece, number = _enumerate(count)
+    piece, number = enumerated(count)
     begin = np.maximum(number * TILE_NBYTES - shift[piece], 0)
     tiles = np.empty(len(piece), TILE)
     tiles["array"] = array[piece] + begin
@@ -157,7 +157,7 @@ def cut_parts(address: Column, nbytes: Column, size: int) -> npt.NDArray[np.void
     end = address + nbytes
     padded_end = -(-end // 16) * 16
     count = np.where(nbytes > 0, np.maximum(-(-(padded_end - address - 16) // size), 1), 0)
-    piece, number = _enumerate(count)
+    piece, number = enumerated(count)
     part_end = padded_end[piece] - (count[piece] - 1 - number) * size
     parts = np.empty(len(piece), PART)
     parts["address"] = np.where(number == 0, address[piece], part_end - size)
@@ -177,7 +177,7 @@ def initial_checksums(nbytes: Column) -> npt.NDArray[np.uint32]:
     return (np.uint64(0xFFFFFFFF) ^ (np.uint64(0xFFFFFFFF) >> beyond)).astype(np.uint32)
 
 
-def _enumerate(count: Column) -> tuple[Column, Column]:
+def enumerated(count: Column) -> tuple[Column, Column]:
     """For count[i] records of each piece i: the piece's number, and the record's own within the piece."""
     piece = np.repeat(np.arange(len(count)), count)
     return piece, np.arange(len(piece)) - np.repeat(np.cumsum(count) - count, count)

@@ -117,10 +117,12 @@ class Assembly:
         """Stored bytes that are read, each once."""
         return sum(int(reads.ranges.nbytes.sum()) for reads in (self._reads, self._part_reads, self._string_reads))
 
-    def add_plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
-        """Whole tensors, stored as they lie in these NumPy arrays of the user."""
+    def add_plain(
+        self, names: Sequence[str], runtimes: Sequence[Runtime], arrays: Sequence[Any], ranges: Ranges
+    ) -> None:
+        """Whole tensors, stored as they lie in these arrays of the user."""
         self.needed_nbytes += int(ranges.nbytes.sum())
-        self._reads.add_plain(names, arrays, ranges)
+        self._reads.add_plain(names, runtimes, arrays, ranges)
 
     def _stored_slice(self, key: bytes, entry: Entry, part: TensorSlice) -> Entry:
         stored = self._index.get(slice_key(key, part))

@@ -14,9 +14,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpusaver.bundle.crc import combine, crc32c
 from gpusaver.bundle.layout import Chunk, Piece
-from gpusaver.device import Transfer
+from gpusaver.device import Transfer, Transfers
 from gpusaver.device.host import address, byte_view, is_plain
 from gpusaver.device.huge_pages import huge_region
 from gpusaver.tensor import Buffer
@@ -24,6 +26,15 @@ from gpusaver.tensor import Buffer
 CHUNK_NBYTES = 8 * 1024 * 1024
 #: Shorter pieces are copied: that costs less than one more buffer of a vectored write.
 IN_PLACE_NBYTES = 64 * 1024
+
+
+def transfers(chunk: Chunk, arrays: Sequence[Any]) -> Transfers:
+    """Of every piece of the chunk; ``arrays``: in the same order."""
+    starts, ends = np.array(chunk.starts), np.array(chunk.ends)
+    begin = np.maximum(starts, chunk.offset)
+    return Transfers(
+        arrays, begin - starts, begin - chunk.offset, np.minimum(ends, chunk.offset + chunk.nbytes) - begin
+    )
 
 
 def vectored_buffers(
@@ -151,13 +162,21 @@ class Checksums:
             (tensor, crc32c(octets[start:end])) for tensor, start, end in zip(tensors, starts, ends, strict=False)
         )
 
-    def add_computed(self, pieces: Sequence[Piece], checksums: Sequence[int]) -> None:
-        """The same for pieces whose checksums somebody else has computed."""
-        for (tensor, start, _, nbytes), crc in zip(pieces, checksums, strict=True):
-            if nbytes == self._nbytes[tensor]:
-                self._whole[tensor] = crc
-            else:
-                self._parts.setdefault(tensor, {})[start + nbytes] = start, crc
+    def add_chunk(self, chunk: Chunk, slot: memoryview) -> None:
+        """Every piece of a chunk that lies in ``slot``."""
+        cut, begin = chunk.cut, chunk.offset
+        for number in cut:
+            piece = chunk.piece(number)
+            self.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
+        last = len(chunk.tensors) - 1
+        whole = slice(int(0 in cut), last + (last not in cut))
+        places = zip(chunk.starts[whole], chunk.ends[whole], strict=True)
+        checksums = [crc32c(slot[start - begin : end - begin]) for start, end in places]
+        self.add_known(chunk.tensors[whole], checksums)
+
+    def add_known(self, tensors: Sequence[int], checksums: Sequence[int]) -> None:
+        """The same for whole tensors whose checksums somebody else has computed."""
+        self._whole.update(zip(tensors, checksums, strict=True))
 
     def finished(self) -> dict[int, int]:
         """By tensor, once every piece of it has been added; tensors without bytes are not in it."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,14 +14,14 @@ import numpy.typing as npt
 from gpusaver.bundle.bulk import collector_paused
 from gpusaver.bundle.crc import mask
 from gpusaver.bundle.index import Entry, IndexTemplate
-from gpusaver.bundle.layout import PAGE, Layout, plan_layout
+from gpusaver.bundle.layout import PAGE, Column, Layout, plan_layout
 from gpusaver.bundle.slices import check_tiling, slice_key
 from gpusaver.bundle.strings import encode_strings
-from gpusaver.device import HOST, Runtime, admit
+from gpusaver.device import HOST, Event, Runtime, admit, runtimes_of
 from gpusaver.device.host import address, is_plain
 from gpusaver.device.huge_pages import huge_region
 from gpusaver.errors import InternalError, InvalidArgumentError
-from gpusaver.pipeline.save import Source
+from gpusaver.pipeline.save import Source, bulk_sources
 from gpusaver.tensor import TensorSlice, TensorSpec
 from gpusaver.variables import Leaf
 
@@ -63,12 +62,13 @@ class _Row(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """What is compared of NumPy arrays that lie in a dict or list as they are, all at once.
+    """What is compared of NumPy and CuPy arrays that lie in a dict or list as they are, all at once.
 
     ``others``: numbers of the leaves that are something else.
     """
 
     plain: list[int]
+    runtimes: list[Runtime]
     dtypes: list[Any]
     shapes: list[tuple[int, ...]]
     others: list[int]
@@ -88,7 +88,7 @@ class Plan:
     runtimes: list[Runtime]
     layout: Layout
     #: :meth:`Layout.places`
-    places: list[int]
+    places: Column
     #: Names of the variables that lie in data files of their own, and the numbers of these.
     frozen: frozenset[str] = frozenset()
     frozen_shards: frozenset[int] = frozenset()
@@ -113,7 +113,7 @@ class Plan:
         column = np.zeros(len(self.layout.nbytes), np.int64)
         column[list(phases)] = list(phases.values())
         layout = self.layout.moved(column)
-        return replace(self, layout=layout, places=layout.places().tolist(), phases=phases, _templates={})
+        return replace(self, layout=layout, places=layout.places(), phases=phases, _templates={})
 
     def _template(self, num_shards: int) -> tuple[IndexTemplate, npt.NDArray[np.int64]]:
         """The index without checksums, and for each entry the number of its tensor (-1: partitioned, has none)."""
@@ -131,13 +131,14 @@ class Save:
     """The variables at one moment: a plan and the arrays it applies to.
 
     ``string_checksums``: by tensor number, for tensors whose checksum is not that of their bytes.  ``is_snapshot``: the
-    arrays are copies, which lie in memory as in the files.
+    arrays are copies, which lie in memory as in the files, once all of ``copied`` has happened.
     """
 
     plan: Plan
     sources: list[Source]
     string_checksums: dict[int, int]
     is_snapshot: bool = False
+    copied: Sequence[Event] = ()
 
     def moved(self, *, around_cache: bool) -> Save:
         """``around_cache``: host arrays in huge pages lie in the files as in memory, to be written from there."""
@@ -209,41 +210,54 @@ def _unchanged(leaves: Sequence[Leaf], cached: Plan) -> Save | None:
     arrays = list(map(values.__getitem__, columns.plain)) if columns.others else values
     identities = set(map(id, arrays))
     if (
-        set(map(type, arrays)) - {np.ndarray}
+        runtimes_of(arrays) != columns.runtimes
         or list(map(_DTYPE, arrays)) != columns.dtypes
         or list(map(_SHAPE, arrays)) != columns.shapes
         or len(identities) != len(arrays)
-        or not all(map(operator.is_, map(_BASE, arrays), itertools.repeat(None)))  # two could share memory
+        or not _are_apart(arrays, columns.runtimes)
         or keys.count(None) != sum(keys[number] is None for number in columns.others)  # a Variable took one's place
     ):
         return None
     sources: list[Source] = []
     strings: dict[int, int] = {}
     numbers: dict[Any, int] = {}
+    runtimes = iter(columns.runtimes)
     for number in columns.others:
-        sources += _on_host(values[len(sources) : number])
+        plain = values[len(sources) : number]
+        sources += bulk_sources(itertools.islice(runtimes, len(plain)), plain)
         if not leaves[number].has_own_memory or id(leaves[number].value) in identities:
             return None
         row = _admit(leaves[number], True, sources, strings, numbers)
         if row != cached.rows[number] or len(sources) != number + 1:
             return None
-    sources += _on_host(values[len(sources) :])
+    sources += bulk_sources(runtimes, values[len(sources) :])
     return Save(cached, sources, strings)
 
 
-def _on_host(arrays: list[Any]) -> Iterator[Source]:
-    # A third of the time of Source(HOST, array).
-    return map(functools.partial(tuple.__new__, Source), zip(itertools.repeat(HOST), arrays, strict=False))
+def _are_apart(arrays: Sequence[Any], runtimes: Sequence[Runtime]) -> bool:
+    """Whether no two are the same bytes; of NumPy arrays that share memory that is not known."""
+    is_on_host = [runtime is HOST for runtime in runtimes]
+    pointers = [array.data.ptr for array in itertools.compress(arrays, map(operator.not_, is_on_host))]
+    count = len(pointers) - pointers.count(0)  # of empty arrays
+    if len(set(pointers) - {0}) < count:
+        return False
+    return all(map(operator.is_, map(_BASE, itertools.compress(arrays, is_on_host)), itertools.repeat(None)))
 
 
 def _columns(rows: Sequence[_Row]) -> _Columns | None:
-    others = [n for n, row in enumerate(rows) if row.array_dtype is None or row.runtime is not HOST]
+    others = [n for n, row in enumerate(rows) if row.array_dtype is None]
     has_ties = any(row.tensor != n for n, row in enumerate(rows))
     if has_ties or len(others) > len(rows) // 8:
         return None
     apart = set(others)
     plain = [n for n in range(len(rows)) if n not in apart]
-    return _Columns(plain, [rows[n].array_dtype for n in plain], [rows[n].spec.shape for n in plain], others)
+    return _Columns(
+        plain,
+        [rows[n].runtime for n in plain],
+        [rows[n].array_dtype for n in plain],
+        [rows[n].spec.shape for n in plain],
+        others,
+    )
 
 
 def _admit(
@@ -327,7 +341,7 @@ def _make_plan(
         partitioned,
         runtimes,
         layout,
-        layout.places().tolist(),
+        layout.places(),
         frozen,
         frozenset(number for (is_frozen, _), number in shard_numbers.items() if is_frozen),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +14,11 @@ import numpy.typing as npt
 from gpusaver.bundle.crc import crc32c, unmask
 from gpusaver.bundle.entry import Entry, Ranges
 from gpusaver.bundle.layout import Chunk, chunks
-from gpusaver.device import HOST, Runtime, Transfer
+from gpusaver.device import HOST, Checking, Runtime, Transfer
 from gpusaver.device.host import address, is_plain
 from gpusaver.errors import DataLossError
-from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, vectored_buffers
-from gpusaver.pipeline.workers import LazySlot, Ring, Slots, work_off
+from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, transfers, vectored_buffers
+from gpusaver.pipeline.workers import LazySlot, Ring, Slots, cpu_count, work_off
 from gpusaver.storage.base import ReadableFile
 from gpusaver.tensor import Buffer
 
@@ -50,7 +50,7 @@ class Reads:
         self.runtimes: list[Runtime] = []
         self.in_place: list[bool] = []
         self.checked: list[bool] = []
-        #: Of NumPy arrays whose memory holds the stored bytes as they are.
+        #: Of arrays whose memory holds the stored bytes as they are.
         self.is_plain: list[bool] = []
         self._ranges: list[Ranges] = []
         self._entries: list[Entry] = []
@@ -67,15 +67,17 @@ class Reads:
         self.runtimes.append(runtime)
         self.in_place.append(in_place)
         self.checked.append(checked)
-        self.is_plain.append(runtime is HOST and is_plain(array))
+        self.is_plain.append(is_plain(array) if runtime is HOST else array.flags.c_contiguous)
 
-    def add_plain(self, names: Sequence[str], arrays: Sequence[Any], ranges: Ranges) -> None:
-        """The same for many plain NumPy arrays of the user."""
+    def add_plain(
+        self, names: Sequence[str], runtimes: Sequence[Runtime], arrays: Sequence[Any], ranges: Ranges
+    ) -> None:
+        """The same for many plain arrays of the user."""
         self._close_entries()
         self._ranges.append(ranges)
         self.names += names
         self.arrays += arrays
-        self.runtimes += [HOST] * len(names)
+        self.runtimes += runtimes
         self.in_place += [True] * len(names)
         self.checked += [True] * len(names)
         self.is_plain += [True] * len(names)
@@ -127,7 +129,11 @@ def read_entries(
     is written.  Raises DataLossError with ``modified`` set; OutOfRangeError if a file ends early.
     """
     ranges = reads.ranges
+    devices = {runtime.name: runtime for runtime in reads.runtimes if runtime is not HOST} if keep else {}
     verifier = _Verifier(reads, describe)
+    if devices and threads > 1:
+        ring = slots.ring(next(iter(devices.values())))
+        threads = max(threads, min(cpu_count(), ring.count))
     splitting = threading.Lock()
     nbytes = 0
 
@@ -149,13 +155,13 @@ def read_entries(
             chunk, [place if view is None else view for place, view in zip(_places(chunk, staged), views, strict=True)]
         )
         if keep:
-            transfers = [
+            parts = [
                 Transfer(reads.arrays[piece.tensor], piece.start, piece.offset, piece.nbytes)
                 for piece, view in zip(chunk.pieces, views, strict=True)
                 if view is None
             ]
             with splitting if _splits_elements(chunk, reads) else contextlib.nullcontext():
-                HOST.from_slot(transfers, staged)
+                HOST.from_slot(parts, staged)
 
     def counted(parts: Iterator[Chunk]) -> Iterator[Chunk]:
         nonlocal nbytes
@@ -165,8 +171,9 @@ def read_entries(
 
     try:
         gap = _MAX_GAP if max_gap is None else max_gap
-        work_off(counted(chunks(*ranges[:3], _owners(reads), CHUNK_NBYTES, max_gap=gap)), read, slots, threads)
-        verifier.finish()
+        with verifier.devices(devices.values()):
+            work_off(counted(chunks(*ranges[:3], _owners(reads), CHUNK_NBYTES, max_gap=gap)), read, slots, threads)
+            verifier.finish()
     except DataLossError as error:
         raise DataLossError(error.message, modified=verifier.modified if keep else ()) from error
     except BaseException as error:
@@ -179,20 +186,17 @@ def read_entries(
 def _read_to_device(
     chunk: Chunk, reads: Reads, runtime: Runtime, file: ReadableFile, ring: Ring, verifier: _Verifier
 ) -> None:
-    """By way of a pinned slot; the device computes the checksums where it can."""
-    slot = ring.acquire(_NEVER)
+    """By way of a pinned slot."""
+    buffer = ring.acquire(_NEVER)
     try:
-        file.read_into(chunk.offset, [slot.view[: chunk.nbytes]])
-        transfers = [Transfer(reads.arrays[piece.tensor], *piece[1:]) for piece in chunk.pieces]
-        event = runtime.from_slot(transfers, slot.view, checked=True)
+        slot = buffer.view
+        file.read_into(chunk.offset, [slot[: chunk.nbytes]])
+        verifier.check_rest(chunk, slot)
+        event = runtime.from_slot(transfers(chunk, [reads.arrays[tensor] for tensor in chunk.tensors]), slot)
         assert event is not None  # as of every device
         event.synchronize()
-        if event.checksums is not None:
-            verifier.check_computed(chunk, event.checksums)
-        else:
-            verifier.check(chunk, _places(chunk, slot.view))
     finally:
-        ring.release(slot)
+        ring.release(buffer)
 
 
 def _places(chunk: Chunk, slot: memoryview) -> list[memoryview]:
@@ -236,7 +240,7 @@ def _views(chunk: Chunk, reads: Reads) -> list[Buffer | None]:
 
 
 class _Verifier:
-    """Compares checksums, as soon as one piece is a whole tensor, else at the end."""
+    """Compares checksums: as soon as one piece is a whole tensor, else at the end, when a device computes its own."""
 
     def __init__(self, reads: Reads, describe: Callable[[int], str]) -> None:
         self._reads = reads
@@ -246,6 +250,27 @@ class _Verifier:
         self._expected = unmask(reads.ranges.crc.astype(np.uint32)).tolist()
         self._touched: list[list[int]] = []
         self.unchecked: dict[int, int] = {}
+        #: Rows that a device checks, where they lie then.
+        self._on_device: set[int] = set()
+        self._checks: list[tuple[list[int], Checking]] = []
+
+    @contextlib.contextmanager
+    def devices(self, runtimes: Iterable[Runtime]) -> Iterator[None]:
+        """Leaves to them what they can check of what is read; to be told before anything is."""
+        reads = self._reads
+        with contextlib.ExitStack() as stack:
+            for runtime in runtimes:
+                rows = [
+                    row
+                    for row, owner in enumerate(reads.runtimes)
+                    if owner is runtime and reads.is_plain[row] and self._nbytes[row]
+                ]
+                checking = runtime.checking([reads.arrays[row] for row in rows]) if rows else None
+                if checking is not None:
+                    stack.enter_context(contextlib.closing(checking))
+                    self._on_device.update(rows)
+                    self._checks.append((rows, checking))
+            yield
 
     def check(self, chunk: Chunk, buffers: Sequence[Any]) -> None:
         """``buffers`` hold the bytes of the pieces."""
@@ -258,12 +283,12 @@ class _Verifier:
             for tensor, crc in zip(tensors, checksums, strict=True):
                 self._compare(tensor, crc)
 
-    def check_computed(self, chunk: Chunk, checksums: Sequence[int]) -> None:
-        """The same, where a device has computed the checksums."""
-        self._checksums.add_computed(chunk.pieces, checksums)
-        for (tensor, _, _, nbytes), crc in zip(chunk.pieces, checksums, strict=True):
-            if nbytes == self._nbytes[tensor]:
-                self._compare(tensor, crc)
+    def check_rest(self, chunk: Chunk, slot: memoryview) -> None:
+        """What no device will check, of a chunk that lies in ``slot``."""
+        if not self._on_device.issuperset(chunk.tensors):
+            for piece in chunk.pieces:
+                if piece.tensor not in self._on_device:
+                    self._checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
 
     def touched(self, tensors: list[int]) -> None:
         self._touched.append(tensors)
@@ -275,6 +300,13 @@ class _Verifier:
         return tuple(sorted({reads.names[tensor] for tensor in tensors if reads.in_place[tensor]}))
 
     def finish(self) -> None:
+        for _, checking in self._checks:
+            checking.start()
+        for rows, checking in self._checks:
+            checksums = checking.result()
+            if checksums != [self._expected[row] for row in rows] or not all(self._reads.checked):
+                for tensor, crc in zip(rows, checksums, strict=True):
+                    self._compare(tensor, crc)
         for tensor, crc in self._checksums.finished().items():
             self._compare(tensor, crc)
         for tensor in np.flatnonzero(self._reads.ranges.nbytes == 0).tolist():

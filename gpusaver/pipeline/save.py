@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpusaver.bundle.layout import Chunk, Layout
-from gpusaver.device import HOST, Event, Runtime, Transfer
+from gpusaver.device import HOST, Checking, Event, Runtime, Transfer, Transfers
 from gpusaver.errors import CancelledError
 from gpusaver.pipeline.chunk import (
     CHUNK_NBYTES,
@@ -20,6 +21,7 @@ from gpusaver.pipeline.chunk import (
     InPlace,
     around_slot,
     find_in_place,
+    transfers,
     vectored_buffers,
     zero_gaps,
 )
@@ -39,6 +41,13 @@ class Source(NamedTuple):
     array: Any
 
 
+_source = functools.partial(tuple.__new__, Source)  # a third of the time of Source(...)
+
+
+def bulk_sources(runtimes: Iterable[Runtime], arrays: Iterable[Any]) -> Iterator[Source]:
+    return map(_source, zip(runtimes, arrays, strict=False))
+
+
 def write_chunks(
     layout: Layout,
     sources: Sequence[Source],
@@ -52,10 +61,11 @@ def write_chunks(
     cancelled: threading.Event,
     timeline: Timeline,
     in_place: bool = False,
+    is_snapshot: bool = False,
 ) -> dict[int, int]:
     """Writes every tensor into ``files`` (one a shard) and returns the checksum of each that has bytes.
 
-    ``shards``: those of these alone.
+    ``shards``: those of these alone.  ``is_snapshot``: devices compute the checksums of their copies.
     ``on_recorded`` is called for each device with the event that ends its last copy; ``on_staged`` once when no source
     will be read any more, unless the save fails before.  Returns when all is written, not synced; raises the first
     error, when all threads have ended and no copy is in flight.
@@ -76,24 +86,62 @@ def write_chunks(
     if not staged:
         work_off(on_host, writer.write_from_host, slots, threads, cancelled, timeline=timeline)
         return writer.checksums.finished()
+    with contextlib.ExitStack() as stack:
+        checks = _start_checks(layout, sources, shards, stack) if is_snapshot else []
+        writer.checked = frozenset(int(layout.owner[numbers[0]]) for numbers, _ in checks)
+        _write_staged(writer, layout, sources, staged, on_host, files, slots, threads, on_recorded)
+        for numbers, checking in checks:
+            writer.checksums.add_known(numbers, checking.result())
+    return writer.checksums.finished()
+
+
+def _start_checks(
+    layout: Layout, sources: Sequence[Source], shards: Collection[int] | None, stack: contextlib.ExitStack
+) -> list[tuple[list[int], Checking]]:
+    """Numbers of tensors, and what computes their checksums, for each device that can."""
+    is_wanted = layout.nbytes > 0
+    if shards is not None:
+        is_wanted &= np.isin(layout.shard, list(shards))
+    checks: list[tuple[list[int], Checking]] = []
+    for owner in np.unique(layout.owner[is_wanted]):
+        numbers: list[int] = np.flatnonzero(is_wanted & (layout.owner == owner)).tolist()
+        checking = sources[numbers[0]].runtime.checking([sources[number].array for number in numbers])
+        if checking is not None:
+            stack.enter_context(contextlib.closing(checking))
+            checking.start()
+            checks.append((numbers, checking))
+    return checks
+
+
+def _write_staged(
+    writer: _Writer,
+    layout: Layout,
+    sources: Sequence[Source],
+    staged: Sequence[tuple[Runtime, Iterator[Chunk]]],
+    on_host: Sequence[Chunk],
+    files: Sequence[WritableFile],
+    slots: Slots,
+    threads: int,
+    on_recorded: Callable[[Event], None],
+) -> None:
+    """What goes through slots, and behind it what does not."""
     devices = [runtime for runtime, _ in staged if runtime is not HOST]
     ring = slots.ring(devices[0] if devices else HOST)
     threads = min(threads, sum(layout.shard_nbytes) // CHUNK_NBYTES + 1)
     # Where offsets must ascend, one owner comes after the other, as in the files.
     groups = [[one] for one in staged] if any(file.ordered for file in files) else [staged]
     for number, group in enumerate(groups, 1):
-        staging = Staging(group, lambda chunk: _transfers(chunk, sources), writer.fill, ring, timeline)
+        staging = Staging(group, lambda chunk: _transfers(chunk, sources), writer.fill, ring, writer.timeline)
         write = functools.partial(_write_job, writer, staging)
-        staging.start(on_recorded, unread.one_less)
+        staging.start(on_recorded, writer.unread.one_less)
         try:
             jobs: Iterator[Chunk | Filled] = staging.filled()
             if number == len(groups):
                 jobs = itertools.chain(jobs, on_host)
-            work_off(jobs, write, slots, threads, on_error=staging.stop, timeline=timeline)
+            work_off(jobs, write, slots, threads, on_error=staging.stop, timeline=writer.timeline)
         finally:
             staging.stop()
             staging.join()
-    return writer.checksums.finished()
 
 
 def _write_job(writer: _Writer, staging: Staging, job: Chunk | Filled, slot: LazySlot) -> None:
@@ -123,9 +171,11 @@ class _Writer:
         self.checksums = checksums
         self._sources = sources
         self._files = files
-        self._unread = unread
+        self.unread = unread
+        #: Numbers of the owners whose checksums are computed elsewhere.
+        self.checked: frozenset[int] = frozenset()
         self._cancelled = cancelled
-        self._timeline = timeline
+        self.timeline = timeline
         self._in_place = in_place
 
     def write_from_host(self, chunk: Chunk, slot: LazySlot) -> None:
@@ -133,15 +183,15 @@ class _Writer:
         views: list[Buffer | None] = [
             HOST.view(self._sources[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces
         ]
-        with self._timeline.span("checksum", chunk.nbytes):
+        with self.timeline.span("checksum", chunk.nbytes):
             buffers = _stage_rest(chunk, self._sources, views, slot, self.checksums)
         is_copied = all(view is None for view in views)
         if is_copied:
-            self._unread.one_less()
-        with self._timeline.span("write", chunk.nbytes):
+            self.unread.one_less()
+        with self.timeline.span("write", chunk.nbytes):
             self._files[chunk.shard].write_at(chunk.offset, buffers)
         if not is_copied:
-            self._unread.one_less()
+            self.unread.one_less()
 
     def fill(self, chunk: Chunk, slot: memoryview) -> Ready:
         """What is to be written of a chunk of the host around the page cache, with all but that done.
@@ -161,14 +211,14 @@ class _Writer:
             found = find_in_place(piece, array, file.alignment) if self._in_place else None
             if found is not None:
                 in_place.append(found)
-            with self._timeline.span("copy", piece.nbytes if found is None else 0):
+            with self.timeline.span("copy", piece.nbytes if found is None else 0):
                 HOST.to_slot([Transfer(array, *piece[1:])] if found is None else found.edges, padded)
-            with self._timeline.span("checksum", piece.nbytes):
+            with self.timeline.span("checksum", piece.nbytes):
                 place = padded[piece.offset : piece.offset + piece.nbytes]
                 self.checksums.add(piece, place if found is None else found.view)
         zero_gaps(chunk, padded)
         if in_place:
-            self._unread.one_more()
+            self.unread.one_more()
         return Ready(around_slot(in_place, padded), bool(in_place))
 
     def _fill_run(self, chunk: Chunk, run: range, slot: memoryview) -> None:
@@ -176,9 +226,9 @@ class _Writer:
         tensors, ends = chunk.tensors[run.start : run.stop], chunk.ends[run.start : run.stop]
         start = chunk.starts[run.start]
         octets = slot[start - chunk.offset : ends[-1] - chunk.offset]
-        with self._timeline.span("copy", octets.nbytes):
+        with self.timeline.span("copy", octets.nbytes):
             HOST.gather([self._sources[tensor].array for tensor in tensors], octets)
-        with self._timeline.span("checksum", octets.nbytes):
+        with self.timeline.span("checksum", octets.nbytes):
             self.checksums.add_whole(tensors, octets, [end - start for end in ends])
 
     def write_filled(self, filled: Filled) -> None:
@@ -186,25 +236,23 @@ class _Writer:
             raise CancelledError("the save was cancelled before it was committed")
         chunk, file = filled.chunk, self._files[filled.chunk.shard]
         if filled.event is not None:
-            self._seal(chunk, filled.slot.view, filled.event.checksums)
+            self._seal(chunk, filled.slot.view)
             ready = Ready([filled.slot.view[: _padded(chunk, file)]], False)
         else:
             assert filled.ready is not None
             ready = filled.ready
-        with self._timeline.span("write", chunk.nbytes):
+        with self.timeline.span("write", chunk.nbytes):
             file.write_at(chunk.offset, ready.buffers)
         if ready.is_in_place:
-            self._unread.one_less()
+            self.unread.one_less()
 
-    def _seal(self, chunk: Chunk, slot: memoryview, computed: Sequence[int] | None) -> None:
-        """Makes a slot that a device has filled what is written; ``computed``: the device's checksums of its pieces."""
+    def _seal(self, chunk: Chunk, slot: memoryview) -> None:
+        """Makes a slot that a device has filled what is written."""
         zero_gaps(chunk, slot[: _padded(chunk, self._files[chunk.shard])])
-        if computed is not None:
-            self.checksums.add_computed(chunk.pieces, computed)
+        if chunk.owner in self.checked:
             return
-        with self._timeline.span("checksum", chunk.nbytes):
-            for piece in chunk.pieces:
-                self.checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
+        with self.timeline.span("checksum", chunk.nbytes):
+            self.checksums.add_chunk(chunk, slot)
 
 
 def checksums_now(layout: Layout, sources: Sequence[Source], slots: Slots) -> dict[int, int]:
@@ -218,8 +266,7 @@ def checksums_now(layout: Layout, sources: Sequence[Source], slots: Slots) -> di
             event = sources[chunk.pieces[0].tensor].runtime.to_slot(_transfers(chunk, sources), slot)
             if event is not None:
                 event.synchronize()
-            for piece in chunk.pieces:
-                checksums.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
+            checksums.add_chunk(chunk, slot)
     finally:
         slots.give_back(slot)
     return checksums.finished()
@@ -259,8 +306,8 @@ class _Countdown:
             self._at_zero()
 
 
-def _transfers(chunk: Chunk, sources: Sequence[Source]) -> list[Transfer]:
-    return [Transfer(sources[tensor].array, start, offset, nbytes) for tensor, start, offset, nbytes in chunk.pieces]
+def _transfers(chunk: Chunk, sources: Sequence[Source]) -> Transfers:
+    return transfers(chunk, [sources[tensor].array for tensor in chunk.tensors])
 
 
 def _stage_rest(

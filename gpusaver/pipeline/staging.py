@@ -4,14 +4,15 @@ Device arrays take this road, and host arrays that are written around the page c
 
 ::
 
-    copier thread, one a runtime  wait for a free slot -> queue gather and copy -> two chunks later: wait for the copy
+    copier thread, one a runtime  wait for a free slot -> queue gather and copy -> a few chunks later: wait for the copy
                                                                                          |
     writer threads                                     checksum, write <- filled slots <-+
                                                              |
                                         the ring of slots <--+
 
-At most two chunks are queued in a device's copy engine, which serves in order of arrival: the trainer's own small
-copies wait behind no more.  The ring bounds the host memory; copiers stall when the writers are slower than the link.
+At most four chunks are queued in a device's copy engine, which serves in order of arrival: the trainer's own small
+copies wait behind no more, half a millisecond.  With two the engine now and then waited for Python.
+The ring bounds the host memory; copiers stall when the writers are slower than the link.
 
 A host copier copies at once, and only what the disk cannot take from where it lies; it computes the checksums as
 well.  It keeps a core to itself while the writers sleep in the kernel: threads that did both were woken on each
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from gpusaver.bundle.layout import Chunk
-from gpusaver.device import HOST, Event, HostBuffer, Runtime, Transfer
+from gpusaver.device import HOST, Event, HostBuffer, Runtime, Transfers
 from gpusaver.device.inventory import nearby_cpus
 from gpusaver.device.nvml import bind_thread
 from gpusaver.pipeline.timeline import Timeline
@@ -37,7 +38,7 @@ from gpusaver.pipeline.workers import Ring, Stopped
 from gpusaver.tensor import Buffer
 
 #: Chunks queued in one device's copy engine.
-MAX_QUEUED = 2
+MAX_QUEUED = 4
 
 
 class Ready(NamedTuple):
@@ -67,7 +68,7 @@ class Copier:
         self,
         runtime: Runtime,
         chunks: Iterable[Chunk],
-        transfers: Callable[[Chunk], list[Transfer]],
+        transfers: Callable[[Chunk], Transfers],
         fill: Callable[[Chunk, memoryview], Ready],
         ring: Ring,
         filled: queue.SimpleQueue[Filled | BaseException | None],
@@ -191,7 +192,7 @@ class Staging:
     def __init__(
         self,
         jobs: Sequence[tuple[Runtime, Iterable[Chunk]]],
-        transfers: Callable[[Chunk], list[Transfer]],
+        transfers: Callable[[Chunk], Transfers],
         fill: Callable[[Chunk, memoryview], Ready],
         ring: Ring,
         timeline: Timeline,

@@ -7,6 +7,7 @@ none can be started during it (then the calling thread does all the work).
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
@@ -209,6 +210,11 @@ def work_off(
         helper.join()
     if errors:
         raise errors[0]
+
+
+def cpu_count() -> int:
+    """Of the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_in_background(run: Callable[[], None]) -> None:

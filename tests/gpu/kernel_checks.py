@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 from gpusaver.bundle.crc import crc32c
 from gpusaver.device.base import Transfer
+from gpusaver.device.launch_plan import column
 
 _FENCE = 0xA5
 _LENGTHS = (0, 1, 2, 3, 5, 8, 15, 16, 17, 31, 64, 70, 129, 1000)
@@ -94,7 +95,8 @@ def check_checksums(cupy: Any, kernels: Any, nbytes: int) -> None:
     cupy.cuda.Device().synchronize()
     ranges = [(start, length) for start in range(16) for length in _LENGTHS] + [(3, nbytes), (0, nbytes + 16)]
     held = Held()
-    found = kernels.crc32c([(array.data.ptr + start, length) for start, length in ranges], stream, held)
+    starts, sizes = column(ranges).T
+    found = kernels.crc32c(array.data.ptr + starts, sizes, held)(stream)
     stream.synchronize()
     assert found.tolist() == [crc32c(octets[start : start + length]) for start, length in ranges]
     held.release()

@@ -115,12 +115,12 @@ def test_large_arrays_are_copied_without_the_gil(dtype: str, order: Any) -> None
 @given(strided(writable=False))
 def test_snapshots_are_plain_copies(array: np.ndarray[Any, Any]) -> None:
     expected = stored_bytes(array)
-    (copy, empty), memory = RUNTIME.snapshot([array, np.zeros((0, 3))], [0, array.nbytes], None)
+    (copy, empty), memory, _ = RUNTIME.snapshot([array, np.zeros((0, 3))], np.array([0, array.nbytes]), None)
     assert is_plain(copy)
     assert not np.may_share_memory(copy, array)
     assert byte_view(copy).tobytes() == expected
     assert empty.shape == (0, 3)
-    (again,), reused = RUNTIME.snapshot([array], [0], memory)
+    (again,), reused, _ = RUNTIME.snapshot([array], np.array([0]), memory)
     assert reused is memory
     assert byte_view(again).tobytes() == expected
 

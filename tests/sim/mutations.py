@@ -27,16 +27,21 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     # -- waits of the host
-    Mutation("event-copy", CUDA, "            self._copied.synchronize()\n", ""),
-    Mutation("event-checksums", CUDA, "                self._checked.synchronize()\n", "                pass\n"),
+    Mutation("event-copy", CUDA, "            self._event.synchronize()\n", "            pass\n"),
+    Mutation(
+        "checksums",
+        CUDA,
+        "        self._ended.synchronize()\n        assert self._held.results",
+        "        assert self._held.results",
+    ),
     Mutation(
         "event-failure", CUDA, "            self._runtime.synchronize()\n            raise\n", "            raise\n"
     ),
     Mutation(
         "queueing-failure",
         CUDA,
-        "                self.synchronize()\n                raise\n",
-        "                raise\n",
+        "                self.synchronize()\n                self.land([held])\n",
+        "                self.land([held])\n",
     ),
     Mutation("all-copies", CUDA, "_has_ended(self._copies.synchronize, self._checks", "_has_ended(self._checks"),
     Mutation("all-checks", CUDA, "self._copies.synchronize, self._checks.synchronize", "self._copies.synchronize"),
@@ -48,7 +53,7 @@ MUTATIONS = [
     Mutation("abandon", STAGING, "            self._runtime.synchronize()\n", "            pass\n"),
     Mutation("restore", RESTORE, "        event.synchronize()\n", ""),
     Mutation("join", STAGING, "            thread.join()\n", "            pass\n"),
-    Mutation("two-chunks", STAGING, "MAX_QUEUED = 2\n", "MAX_QUEUED = 3\n"),
+    Mutation("few-chunks", STAGING, "MAX_QUEUED = 4\n", "MAX_QUEUED = 5\n"),
     Mutation(
         "hand-over",
         STAGING,
@@ -69,21 +74,25 @@ MUTATIONS = [
     Mutation(
         "caller-before-snapshot",
         CUDA,
-        "                wait_for(self._copies.ptr, record(handle))\n            self._fill",
-        "                pass\n            self._fill",
+        "                wait_for(self._copies.ptr, record(handle))\n            filling",
+        "                pass\n            filling",
     ),
-    Mutation("caller-after-snapshot", CUDA, "(*callers, self._checks.ptr)", "(self._checks.ptr,)"),
-    Mutation("checks-after-snapshot", CUDA, "(*callers, self._checks.ptr)", "callers"),
+    Mutation("caller-after-snapshot", CUDA, "                wait_for(handle, filled)\n", "                pass\n"),
     Mutation(
         "snapshot-mark",
         CUDA,
-        "            self._fill(image, arrays, places, held)\n            filled = record(self._copies.ptr)\n",
-        "            filled = record(self._copies.ptr)\n            self._fill(image, arrays, places, held)\n",
+        "            filling = self._fill(snapshot, arrays, places, sizes, held)\n"
+        "            filled = record(self._copies.ptr)\n",
+        "            filled = record(self._copies.ptr)\n"
+        "            filling = self._fill(snapshot, arrays, places, sizes, held)\n",
     ),
     Mutation(
-        "checks-after-copies", CUDA, "                wait_for(self._checks.ptr, copied)\n", "                pass\n"
+        "checks-after-copies",
+        CUDA,
+        "            wait_for(self._checks.ptr, record(self._copies.ptr))\n",
+        "            pass\n",
     ),
-    Mutation("fence", CUDA, "                wait_for(handle, self._copied)\n", "                pass\n"),
+    Mutation("fence", CUDA, "                wait_for(handle, self._event)\n", "                pass\n"),
     Mutation("recorded", STREAMS, "    cupy.cuda.runtime.eventRecord(event.ptr, handle)\n", ""),
     Mutation("waited", STREAMS, "    cupy.cuda.runtime.streamWaitEvent(handle, event.ptr)\n", "    pass\n"),
     Mutation("torch", STREAMS, "torch is not None and torch.is_initialized()", "False"),
@@ -95,28 +104,28 @@ MUTATIONS = [
     Mutation(
         "save-arrays",
         CUDA,
-        "            held.keep(slot, [transfer.array for transfer in transfers])\n            if",
+        "            held.keep(slot, transfers.arrays)\n            if",
         "            held.keep(slot)\n            if",
     ),
     Mutation(
         "save-slot",
         CUDA,
-        "            held.keep(slot, [transfer.array for transfer in transfers])\n            if",
-        "            held.keep([transfer.array for transfer in transfers])\n            if",
+        "            held.keep(slot, transfers.arrays)\n            if",
+        "            held.keep(transfers.arrays)\n            if",
     ),
     Mutation(
         "restore-arrays",
         CUDA,
-        "            held.keep(slot, [transfer.array for transfer in transfers])\n            copies",
+        "            held.keep(slot, transfers.arrays)\n            copies",
         "            held.keep(slot)\n            copies",
     ),
     Mutation(
         "restore-slot",
         CUDA,
-        "            held.keep(slot, [transfer.array for transfer in transfers])\n            copies",
-        "            held.keep([transfer.array for transfer in transfers])\n            copies",
+        "            held.keep(slot, transfers.arrays)\n            copies",
+        "            held.keep(transfers.arrays)\n            copies",
     ),
-    Mutation("kernel-arrays", KERNELS, "        held.keep(*[transfer.array for transfer in transfers])\n", ""),
+    Mutation("kernel-arrays", KERNELS, "        held.keep(transfers.arrays)\n", ""),
     Mutation(
         "scatter-buffer",
         CUDA,
@@ -130,8 +139,7 @@ MUTATIONS = [
         "        table = self.tables.borrow(max(octets.nbytes, 1))\n        self.tables.give_back(table)\n",
     ),
     Mutation("in-flight", CUDA, "            self._in_flight.add(held)\n", ""),
-    Mutation("unmarked", CUDA, "[held, *self._unmarked], []", "[held], []"),
-    Mutation("snapshot-unmarked", CUDA, "            self._unmarked.append(held)\n", ""),
+    Mutation("snapshot-waited", "saving.py", "            event.synchronize()\n", "            pass\n"),
     Mutation("landed", CUDA, "                self._in_flight.discard(held)\n", ""),
     Mutation("released", CUDA, "                held.release()\n", "                pass\n"),
     Mutation("lent-once", MEMORY, "return self._free.pop(number)", "return self._free[number]"),
@@ -148,17 +156,17 @@ MUTATIONS = [
         "                except BaseException:\n                    self._ring.release(slot)\n",
         "                except BaseException:\n",
     ),
-    Mutation("restored-slot", RESTORE, "        ring.release(slot)\n", "        pass\n"),
+    Mutation("restored-slot", RESTORE, "        ring.release(buffer)\n", "        pass\n"),
     Mutation("trimmed", "pipeline/workers.py", "            runtime.trim()\n", "            pass\n"),
     # -- devices, threads, captures
     Mutation(
         "current-device", STREAMS, "        with cupy.cuda.Device(device):\n            yield\n", "        yield\n"
     ),
     Mutation(
-        "lock",
+        "landed-when-queued",
         CUDA,
-        "        with self._lock, on_device(self.device):\n            held",
-        "        with on_device(self.device):\n            held",
+        "            try:\n                yield held\n",
+        "            self._in_flight.add(held)\n            try:\n                yield held\n",
     ),
     Mutation("relaxed", STREAMS, "_RELAXED = 2", "_RELAXED = 0"),
     Mutation("mode-restored", STREAMS, "            exchange(ctypes.byref(mode))\n", "            pass\n"),

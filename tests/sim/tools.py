@@ -63,8 +63,8 @@ def chunks_of_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
     Requires: the simulated CuPy is installed already.
     """
     import gpusaver.device.cuda as cuda
+    import gpusaver.device.cuda_image as cuda_image
     import gpusaver.device.cuda_kernels as cuda_kernels
-    import gpusaver.device.cuda_memory as cuda_memory
 
     for module in ("pipeline.save", "pipeline.restore", "saving", "reader"):
         monkeypatch.setattr(f"gpusaver.{module}.CHUNK_NBYTES", 8192)
@@ -73,4 +73,4 @@ def chunks_of_kilobytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_BUFFER_NBYTES", 8192)
     monkeypatch.setattr(cuda, "DIRECT_NBYTES", 2048)
     monkeypatch.setattr(cuda_kernels, "TABLE_NBYTES", 4096)
-    monkeypatch.setattr(cuda_memory, "BLOCK_NBYTES", 12288)
+    monkeypatch.setattr(cuda_image, "BLOCK_NBYTES", 12288)
