@@ -56,6 +56,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, cupy: Any) -> None:
         import gpusaver
+        from gpusaver.device.nvml import driver_version
 
         self.options = options
         self.cupy = cupy
@@ -66,6 +67,8 @@ class Bench:
             "python": sys.version.split()[0],
             "cupy": cupy.__version__,
             "cuda": {"runtime": cupy.cuda.runtime.runtimeGetVersion(), "driver": cupy.cuda.runtime.driverGetVersion()},
+            "model": gpusaver.devices()[0].model,
+            "driver": driver_version(),
             "devices": [str(device) for device in gpusaver.devices()],
             "machine": describe_machine(options.place[0]),
             "ceilings": {"device": {}, "files": {}},

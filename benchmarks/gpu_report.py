@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from report import print_table
+from machine import ROOT
+from report import load, newest_results, print_table, title, update_document
 
 _MB, _GB = 1e6, 1e9
 _COLUMNS = (
@@ -24,6 +27,11 @@ _COLUMNS = (
     ("host MB", "host_peak", _MB),
     ("dev. MB", "device_peak", _MB),
 )
+_SHORT_COLUMNS = [
+    column
+    for column in _COLUMNS
+    if column[1] in ("call", "stall", "durable", "restore", "restore_cold", "cpu", "host_peak", "device_peak")
+]
 _RANKED = ("stall", "durable", "restore")
 
 
@@ -172,10 +180,7 @@ def print_gpu_tables(results: dict[str, Any]) -> None:
             if isinstance(measured["skipped"], str):
                 print(f"{workload['title']} in {place}: {measured['skipped']}")
                 continue
-            title = (
-                f"{workload['title']} in {place}: {workload['tensors']:,} tensors, {workload['nbytes'] / _MB:,.1f} MB"
-            )
-            print_table(title, *_figures_table(measured))
+            print_table(f"{title(workload)}, in {place}", *_figures_table(measured))
             print_table("  ... as multiples of the ceilings, and of the best other library", *_ratios_table(measured))
             for peer, reason in measured["skipped"].items():
                 print(f"  without {peer}: {reason}")
@@ -186,10 +191,38 @@ def print_gpu_tables(results: dict[str, Any]) -> None:
     print_table("Acceptance lines", ["", "found", "wanted", ""], rows)
 
 
-def _figures_table(place: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def markdown(results: dict[str, Any]) -> str:
+    """A table for each workload and folder, and how many of the acceptance lines hold."""
+    versions: dict[str, str] = {}
+    for workload in results["workloads"].values():
+        for place in workload.get("places", {}).values():
+            for peer in place.get("peers", {}).values():
+                versions |= peer["versions"]
+    machine, driver, lines = results["machine"], results["driver"], results["criteria"]
+    parts = [
+        f"{results['date'][:10]}, {results['model']} (driver {driver}), {machine['cores']} cores, {machine['system']} "
+        f"{machine['kernel']}, Python {results['python']}, cupy {results['cupy']}, "
+        + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        + f"; commit {results['commit']}. Medians. *Stall*: what a save and all it does cost the training steps, "
+        "until durable. *Restore*: from the page cache. *Host*, *dev. MB*: most memory beyond the state. "
+        f"{sum(line['holds'] for line in lines)} of {len(lines)} acceptance lines hold."
+    ]
+    for workload in results["workloads"].values():
+        for where, place in workload.get("places", {}).items():
+            if place.get("peers"):
+                head, body = _figures_table(place, _SHORT_COLUMNS)
+                rows = [f"| {' | '.join(row)} |" for row in [head, *body]]
+                rows.insert(1, "|---|" + "---:|" * (len(head) - 1))
+                parts += [f"**{title(workload)}, in {where}**", "\n".join(rows)]
+    return "\n\n".join(parts)
+
+
+def _figures_table(
+    place: dict[str, Any], columns: Sequence[tuple[str, str, float]] = _COLUMNS
+) -> tuple[list[str], list[list[str]]]:
     """Columns that are empty are left out."""
     peers = place.get("peers", {})
-    columns = [column for column in _COLUMNS if any(column[1] in peer["figures"] for peer in peers.values())]
+    columns = [column for column in columns if any(column[1] in peer["figures"] for peer in peers.values())]
     body = []
     for name, peer in peers.items():
         found = [(peer["figures"].get(figure), unit) for _, figure, unit in columns]
@@ -227,7 +260,7 @@ def plot(results: dict[str, Any], path: str) -> str:
     if not panels:
         return "No plot: nothing was measured"
     figure, axes = plt.subplots(len(panels), 3, figsize=(15, 1 + 4 * len(panels)), squeeze=False)
-    for (title, peers), row in zip(panels, axes, strict=True):
+    for (caption, peers), row in zip(panels, axes, strict=True):
         names = list(peers)[::-1]
         for ranked, axis in zip(_RANKED, row, strict=True):
             values = [max(peers[name]["figures"][ranked]["median"], 1e-5) for name in names]
@@ -235,8 +268,22 @@ def plot(results: dict[str, Any], path: str) -> str:
             axis.barh(names, values, color=colors)
             axis.set_xscale("log")
             axis.set_xlabel("s")
-            axis.set_title(f"{title}\n{ranked}", fontsize=9)
+            axis.set_title(f"{caption}\n{ranked}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return f"Written: {path}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Puts the results of bench_gpu.py into the README.")
+    parser.add_argument("results", nargs="?", help="default: the newest in benchmarks/results/gpu")
+    options = parser.parse_args()
+    results = load(options.results) if options.results else newest_results("gpu/*")
+    if results is None:
+        raise SystemExit("benchmarks/results/gpu is empty: make bench-gpu first")
+    update_document(os.path.join(ROOT, "README.md"), markdown(results), "gpu results")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,12 @@ def host_kind() -> str:
 
 
 def commit() -> str:
-    """The commit's first 12 digits, with "+" if tracked files differ from it; "" outside a repository."""
+    """The commit's first 12 digits, with "+" if tracked files differ from it; "" outside a repository.
+
+    GPUSAVER_COMMIT says it where the history has not come along.
+    """
+    if told := os.environ.get("GPUSAVER_COMMIT"):
+        return told
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")

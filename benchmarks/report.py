@@ -17,7 +17,6 @@ from machine import ROOT
 
 #: Workloads whose tables are in the README; the others are in docs/performance.md.
 _MAIN = ("gpt2", "small")
-START, END = "<!-- results -->", "<!-- /results -->"
 
 #: Heading, figure, unit, whether its range and its ratio to the raw write or read are shown.
 _COLUMNS = (
@@ -149,18 +148,19 @@ def _color(name: str) -> str:
     return "tab:green" if name.startswith("gpusaver") else "lightgray" if name.startswith("raw") else "tab:gray"
 
 
-def replace_between_marks(text: str, content: str) -> str:
-    """Raises ValueError if the text lacks the marks."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
+def replace_between_marks(text: str, content: str, name: str = "results") -> str:
+    """``<!-- name -->`` and ``<!-- /name -->``; raises ValueError if the text lacks them."""
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, start, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not start or not end:
-        raise ValueError(f"expected {START} and, after it, {END}")
-    return f"{before}{START}\n{content}\n{END}{after}"
+        raise ValueError(f"expected {first} and, after it, {last}")
+    return f"{before}{first}\n{content}\n{last}{after}"
 
 
 def newest_results(ending: str) -> Any:
-    """By the date inside; None if there are none."""
-    found = map(load, glob.glob(os.path.join(ROOT, "benchmarks", "results", f"*{ending}.json")))
+    """Of the files whose names below benchmarks/results end so, by the date inside; None if there are none."""
+    found = map(load, glob.glob(os.path.join(ROOT, "benchmarks", "results", f"{ending}.json")))
     return max(found, key=lambda results: str(results["date"]), default=None)
 
 
@@ -169,11 +169,11 @@ def load(path: str) -> Any:
         return json.load(file)
 
 
-def update_document(path: str, content: str) -> None:
+def update_document(path: str, content: str, name: str = "results") -> None:
     with open(path, encoding="utf-8") as file:
         text = file.read()
     with open(path, "w", encoding="utf-8") as file:
-        file.write(replace_between_marks(text, content))
+        file.write(replace_between_marks(text, content, name))
 
 
 def main() -> None:
@@ -181,14 +181,14 @@ def main() -> None:
     parser.add_argument("results", nargs="?", help="default: the newest in benchmarks/results")
     parser.add_argument("--print", action="store_true", help="print the tables instead")
     options = parser.parse_args()
-    results = load(options.results) if options.results else newest_results("core")
+    results = load(options.results) if options.results else newest_results("*core")
     if results is None:
         raise SystemExit("benchmarks/results is empty: make bench first")
     if options.print:
         print_tables(results)
     else:
         update_document(os.path.join(ROOT, "README.md"), markdown(results, is_main=True))
-        others = [markdown(found, is_main=False) for found in (results, newest_results("core-more")) if found]
+        others = [markdown(found, is_main=False) for found in (results, newest_results("*core-more")) if found]
         update_document(os.path.join(ROOT, "docs", "performance.md"), "\n\n".join(others))
         plot(results, os.path.join(ROOT, "docs", "pictures", "bench.png"))
 

@@ -130,3 +130,12 @@ def test_what_was_not_measured_is_no_line(report):
         "gpt2: capture into a null storage, of pinned D2H",
         "crc32c kernel on 1 GB, GB/s",
     }
+
+
+def test_the_readme_has_the_newest_results(report):
+    newest = report.newest_results("gpu/*")
+    assert report.markdown(newest) in Path(BENCHMARKS.parent, "README.md").read_text("utf-8")
+    holding = [line for line in newest["criteria"] if line["holds"]]
+    assert f"{len(holding)} of {len(newest['criteria'])} acceptance lines hold" in report.markdown(newest)
+    owed = Path(BENCHMARKS, "results", "OWED.md").read_text("utf-8")
+    assert [line["line"] for line in newest["criteria"] if not line["holds"] and f"`{line['line']}`" not in owed] == []
