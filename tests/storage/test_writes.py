@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
-import glob
-import mmap
 import os
 import subprocess
-import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -120,12 +118,22 @@ def test_writes_to_the_page_cache_take_turns(
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == content.tobytes()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or mmap.PAGESIZE != 4096, reason="nothing is mapped here")
-@pytest.mark.parametrize(("features", "expected"), [("01100101", False), ("01100001", True), ("", True), (None, True)])
-def test_no_huge_pages_are_asked_of_a_machine_that_hands_memory_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str | None, expected: bool
+def test_huge_pages_that_are_slow_to_come_are_not_asked_for_again(
+    memory_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if features is not None:
-        (tmp_path / "features").write_text(features)
-    monkeypatch.setattr(glob, "glob", lambda _: [f"{tmp_path}/features"])
-    assert mapped.can_map.__wrapped__() is expected
+    asked: list[int] = []
+
+    def slow(fd: int, offset: int, nbytes: int, buffers: Sequence[Buffer]) -> bool:
+        asked.append(offset)
+        time.sleep(3 * local._SLOW_SECONDS * nbytes)
+        return os.pwritev(fd, buffers, offset) == nbytes
+
+    monkeypatch.setattr(local, "can_map", lambda: True)
+    monkeypatch.setattr(local, "write_mapped", slow)
+    content = np.random.default_rng(0).integers(0, 256, 3 * mapped.HUGE_NBYTES, np.uint8)
+    file = LocalStorage().create(f"{memory_path}/f", content.nbytes)
+    for offset in range(0, content.nbytes, mapped.HUGE_NBYTES):
+        file.write_at(offset, [content[offset : offset + mapped.HUGE_NBYTES]])
+    file.close()
+    assert asked == [0]
+    assert np.array_equal(np.fromfile(f"{memory_path}/f", np.uint8), content)
