@@ -11,7 +11,6 @@ import os
 import stat
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -58,8 +57,6 @@ def _translated(action: str, path: str) -> Iterator[None]:
 _LONG_NBYTES = 1 << 20
 #: Buffers of this size on average are coarse.
 _COARSE_NBYTES = 64 * 1024
-#: A byte's.  A write by a mapping that takes longer had better have been one through the page cache (0.3 to 0.5 ns).
-_SLOW_SECONDS = 2.5e-9
 _NBYTES = operator.attrgetter("nbytes")
 
 
@@ -139,12 +136,8 @@ class LocalWritableFile:
         nbytes = sum(map(_NBYTES, buffers))
         if nbytes < HUGE_NBYTES or offset % HUGE_NBYTES:
             return False
-        started_at = time.perf_counter()
-        is_written = write_mapped(self._fd, offset, nbytes, list(filter(_NBYTES, buffers)))
-        # Where a virtual machine hands free memory back to its host, huge pages may have to come from there again.
-        is_fast = time.perf_counter() - started_at < nbytes * _SLOW_SECONDS
-        self._is_mapped = is_written and is_fast
-        return is_written
+        self._is_mapped = write_mapped(self._fd, offset, nbytes, list(filter(_NBYTES, buffers)))
+        return self._is_mapped
 
     def sync(self) -> None:
         if self._fd < 0:  # closed, or a link

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import mmap
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from gpusaver.tensor import Buffer
 
 HUGE_NBYTES = 2 << 20
 _PAGE_NBYTES = 4096
+#: For a write's huge pages: four take 1 ms, or 16 where a virtual machine has handed them back to its host.
+SLOW_SECONDS = 10e-3
 
 #: Linux's numbers, of which Python has only some.
 _MAP_FIXED = 0x10
@@ -34,7 +37,8 @@ def can_map() -> bool:
 
 
 def write_mapped(fd: int, offset: int, nbytes: int, buffers: Sequence[Buffer]) -> bool:
-    """Whether ``buffers``, of ``nbytes`` in all, are there now; if not, :func:`os.pwritev` says what is wrong.
+    """Whether ``buffers``, of ``nbytes`` in all, are there now; if not, it had better be :func:`os.pwritev`, which also
+    says what is wrong if something is.
 
     Requires: ``offset`` is a multiple of HUGE_NBYTES; no buffer is empty; nobody cuts the file short meanwhile.
     """
@@ -48,10 +52,16 @@ def write_mapped(fd: int, offset: int, nbytes: int, buffers: Sequence[Buffer]) -
         start = -(-reserved // HUGE_NBYTES) * HUGE_NBYTES
         if map_(start, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) == _FAILED:
             return False
-        for address in range(start, start + nbytes, HUGE_NBYTES):  # a hole alone does not collapse
-            advise(address, _PAGE_NBYTES, _MADV_POPULATE_WRITE)
+        end = start + nbytes
+        deadline = time.perf_counter() + SLOW_SECONDS
+        for address in range(start, end, HUGE_NBYTES):
+            advise(address, _PAGE_NBYTES, _MADV_POPULATE_WRITE)  # a hole alone does not collapse
+            if advise(address, min(HUGE_NBYTES, end - address), _MADV_COLLAPSE):
+                return False
+            if time.perf_counter() > deadline:
+                return False
         # Once all pages are there no access fails, which would end the process (SIGBUS).
-        if advise(start, nbytes, _MADV_COLLAPSE) or advise(start, nbytes, _MADV_POPULATE_WRITE):
+        if advise(start, nbytes, _MADV_POPULATE_WRITE):
             return False
         target = np.frombuffer(memoryview((ctypes.c_char * nbytes).from_address(start)), np.uint8)
         np.concatenate([np.frombuffer(buffer, np.uint8) for buffer in buffers], out=target)
