@@ -19,6 +19,7 @@ from gpusaver.arguments import (
     state_filename,
     without_session,
 )
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.checkpoint_state import (
     PathLike,
     checkpoint_times,
@@ -378,6 +379,7 @@ class Saver:
         frozen = self._saving.frozen(leaves)
         return self._saving.arrange(plan_save(leaves, sharded=self._sharded, cached=self._plan, frozen=frozen))
 
+    @collector_paused()
     def _leaves(self) -> list[Leaf]:
         leaves = flatten(self._var_list)
         names = [leaf.name for leaf in leaves]

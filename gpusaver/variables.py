@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusaver.bundle.bulk import collector_paused
 from gpusaver.device import admit, array_types, cuda_module
 from gpusaver.errors import InvalidArgumentError
 from gpusaver.tensor import DataType, TensorSlice, TensorSpec
@@ -274,7 +273,6 @@ _NAME = operator.attrgetter("name")
 _leaf = functools.partial(tuple.__new__, Leaf)  # half the time of Leaf(...)
 
 
-@collector_paused()
 def flatten(var_list: Any) -> list[Leaf]:
     """The leaves of a var_list, sorted by name (the slices of one tensor in the order given).
 

@@ -126,13 +126,13 @@ def test_arrays_of_another_stream_may_be_freed_after_a_snapshot(sim, small_chunk
 @pytest.mark.parametrize("how", ["direct", "scattered"])
 def test_checksums_are_of_what_was_copied_before(sim, small_chunks, how):
     need_compiler()
-    from gpusaver.bundle.crc import crc32c
+    from gpusaver.bundle.crc import combine, crc32c
 
     runtime, slot = runtime_of(), Slot(sim)
     arrays = [sim.cupy.zeros(700, np.uint8) for _ in range(1 if how == "direct" else 5)]
     runtime.order_after_caller()
     slot.view[:3500] = bytes(range(250)) * 14
-    checking = runtime.checking(arrays)
+    checking = runtime.checking(arrays, combine)
     copied = runtime.from_slot([Transfer(array, 0, 700 * n, 700) for n, array in enumerate(arrays)], slot.view)
     checking.start()
     assert checking.result() == [crc32c(slot.view[700 * n : 700 * n + 700]) for n in range(len(arrays))]
@@ -144,19 +144,19 @@ def test_checksums_are_of_what_was_copied_before(sim, small_chunks, how):
 def test_checksums_survive_what_is_queued_after_them(sim, small_chunks):
     """Another thread's failure gives up everything that has landed, with the tables in which results are."""
     need_compiler()
-    from gpusaver.bundle.crc import crc32c
+    from gpusaver.bundle.crc import combine, crc32c
 
     runtime, slot, array = runtime_of(), Slot(sim), sim.cupy.zeros(4000, np.uint8)
     runtime.order_after_caller()
     slot.view[:4000] = bytes([9]) * 4000
     runtime.from_slot([Transfer(array, 0, 0, 4000)], slot.view)
-    first, second = runtime.checking([array]), runtime.checking([array])
+    first, second = runtime.checking([array], combine), runtime.checking([array], combine)
     first.start()
     runtime.synchronize()
     slot.view[:4000] = bytes([8]) * 4000
     runtime.from_slot([Transfer(array, 0, 0, 4000)], slot.view)
     second.start()
-    third = runtime.checking([array])
+    third = runtime.checking([array], combine)
     third.start()
     assert third.result() == second.result() == [crc32c(bytes([8]) * 4000)]
     assert first.result() == [crc32c(bytes([9]) * 4000)]
@@ -232,17 +232,17 @@ def test_another_threads_failure_lands_nothing_that_is_still_being_queued(sim, s
 @every_schedule
 def test_checksums_of_tensors_that_borders_of_blocks_cut(sim, small_chunks):
     need_compiler()
-    from gpusaver.bundle.crc import crc32c
+    from gpusaver.bundle.crc import combine, crc32c
 
     runtime = runtime_of()
     sizes, places = [0, 12288, 1, 30_000, 0, 5000, 0], [0, 0, 12288, 16384, 46_384, 49_152, 54_152]
     models = [np.random.default_rng(n).integers(0, 256, nbytes, np.uint8) for n, nbytes in enumerate(sizes)]
     copies, image, _ = runtime.snapshot([on_device(sim, model) for model in models], np.array(places), None)
-    checking = runtime.checking(copies)
+    checking = runtime.checking(copies, combine)
     checking.start()
     assert checking.result() == list(map(crc32c, models))
     checking.close()
-    unused = runtime.checking(copies[3:4])
+    unused = runtime.checking(copies[3:4], combine)
     unused.close()
     assert image.nbytes >= 54_152
 
@@ -285,9 +285,11 @@ def test_nothing_uses_the_slot_when_a_call_has_failed(sim, small_chunks):
 
 @every_schedule
 def test_both_streams_have_ended_when_a_wait_has_failed(sim, small_chunks):
+    from gpusaver.bundle.crc import combine
+
     runtime, slot, array = runtime_of(), Slot(sim), on_device(sim, np.full(4000, 3, np.uint8))
     copies, _, _ = runtime.snapshot([array], np.array([0]), None)
-    checking = runtime.checking(copies)
+    checking = runtime.checking(copies, combine)
     checking.start()
     event = runtime.to_slot([Transfer(copies[0], 0, 0, 4000)], slot.view)
     sim.fail_at(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
@@ -157,9 +157,12 @@ class Runtime(Protocol):
         Otherwise as :meth:`to_slot`.
         """
 
-    def checking(self, arrays: Sequence[Any]) -> Checking | None:
+    def checking(self, arrays: Sequence[Any], combine: Callable[[int, int, int], int]) -> Checking | None:
         """Of the bytes of contiguous arrays, or of copies of one snapshot, as they will be when it starts; None where
-        the device cannot do it, and the host must."""
+        the device cannot do it, and the host must.
+
+        ``combine(first, second, nbytes of the second)``: the checksum of both, one behind the other.
+        """
 
     def synchronize(self) -> None:
         """Waits for all copies queued so far, also after one of them failed.  Never raises."""

@@ -26,7 +26,6 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpusaver.bundle.crc import combine
 from gpusaver.device.base import Checking, Event, HostBuffer, Transfer, Transfers, are_contiguous
 from gpusaver.device.cuda_image import Copy, Filling, Snapshot, plan_filling
 from gpusaver.device.cuda_kernels import Kernels, load
@@ -98,8 +97,17 @@ class _Ended:
 class _Checking:
     """See :class:`gpusaver.device.base.Checking`.  ``rows``: of which array each piece is; in order."""
 
-    def __init__(self, runtime: CudaRuntime, kernels: Kernels, rows: Column, addresses: Column, sizes: Column) -> None:
+    def __init__(
+        self,
+        runtime: CudaRuntime,
+        kernels: Kernels,
+        rows: Column,
+        addresses: Column,
+        sizes: Column,
+        combine: Callable[[int, int, int], int],
+    ) -> None:
         self._runtime = runtime
+        self._combine = combine
         self._rows = rows
         self._sizes = sizes
         self._held = Held()
@@ -121,7 +129,7 @@ class _Checking:
             if row == len(whole):
                 whole.append(crc)
             else:
-                whole[row] = combine(whole[row], crc, nbytes)
+                whole[row] = self._combine(whole[row], crc, nbytes)
         return whole
 
     def close(self) -> None:
@@ -276,7 +284,7 @@ class CudaRuntime:
             return True
         return False
 
-    def checking(self, arrays: Sequence[Any]) -> Checking | None:
+    def checking(self, arrays: Sequence[Any], combine: Callable[[int, int, int], int]) -> Checking | None:
         kernels = self.kernels()
         if kernels is None:
             return None
@@ -288,7 +296,7 @@ class CudaRuntime:
             rows = np.arange(len(arrays))
             addresses, sizes = column([a.data.ptr for a in arrays]), column([a.nbytes for a in arrays])
         with contextlib.suppress(ResourceExhaustedError):
-            return _Checking(self, kernels, rows, addresses, sizes)
+            return _Checking(self, kernels, rows, addresses, sizes, combine)
         return None
 
     def check(self, launch: Callable[[Any], Any], held: Held) -> _Ended:

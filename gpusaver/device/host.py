@@ -7,7 +7,7 @@ import functools
 import itertools
 import mmap
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ class HostRuntime:
                 _copy_strided(array, start, part, to_array=True)
         return None
 
-    def checking(self, arrays: Sequence[Array]) -> Checking | None:
+    def checking(self, arrays: Sequence[Array], combine: Callable[[int, int, int], int]) -> Checking | None:
         return None
 
     def allocate(self, nbytes: int) -> HostBuffer:

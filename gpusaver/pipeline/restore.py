@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gpusaver.bundle.crc import crc32c, unmask
+from gpusaver.bundle.crc import combine, crc32c, unmask
 from gpusaver.bundle.entry import Entry, Ranges
 from gpusaver.bundle.layout import Chunk, chunks
 from gpusaver.device import HOST, Checking, Runtime, Transfer
@@ -265,7 +265,7 @@ class _Verifier:
                     for row, owner in enumerate(reads.runtimes)
                     if owner is runtime and reads.is_plain[row] and self._nbytes[row]
                 ]
-                checking = runtime.checking([reads.arrays[row] for row in rows]) if rows else None
+                checking = runtime.checking([reads.arrays[row] for row in rows], combine) if rows else None
                 if checking is not None:
                     stack.enter_context(contextlib.closing(checking))
                     self._on_device.update(rows)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpusaver.bundle.crc import combine
 from gpusaver.bundle.layout import Chunk, Layout
 from gpusaver.device import HOST, Checking, Event, Runtime, Transfer, Transfers
 from gpusaver.errors import CancelledError
@@ -105,7 +106,7 @@ def _start_checks(
     checks: list[tuple[list[int], Checking]] = []
     for owner in np.unique(layout.owner[is_wanted]):
         numbers: list[int] = np.flatnonzero(is_wanted & (layout.owner == owner)).tolist()
-        checking = sources[numbers[0]].runtime.checking([sources[number].array for number in numbers])
+        checking = sources[numbers[0]].runtime.checking([sources[number].array for number in numbers], combine)
         if checking is not None:
             stack.enter_context(contextlib.closing(checking))
             checking.start()
