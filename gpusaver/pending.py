@@ -188,7 +188,8 @@ class PendingSave:
 
         For device arrays it blocks the host only until their last copy has been queued, then has ``stream`` (a CuPy
         stream, or anything with ``__cuda_stream__``; None: the current one of each device) wait for that copy.  For
-        host arrays it blocks until they have been read.  When it raises, nothing reads the arrays any more.
+        host arrays it blocks until they have been read.  After a snapshot it blocks nothing, and the streams that were
+        current at the call need none.  When it raises, nothing reads the arrays any more.
 
         With the Saver's ``check_captures`` it waits for the copies and raises FailedPreconditionError if variables have
         been changed since the save was started.

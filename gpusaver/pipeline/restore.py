@@ -134,8 +134,7 @@ def read_entries(
     if devices and threads > 1:
         ring = slots.ring(next(iter(devices.values())))
         threads = max(threads, min(cpu_count(), ring.count))
-    splitting = threading.Lock()
-    nbytes = 0
+    splitting, nbytes = threading.Lock(), 0
 
     def read(chunk: Chunk, slot: LazySlot) -> None:
         runtime = reads.runtimes[chunk.tensors[0]]
@@ -151,17 +150,11 @@ def read_entries(
         if staged is None:
             verifier.check(chunk, views)
             return
-        verifier.check(
-            chunk, [place if view is None else view for place, view in zip(_places(chunk, staged), views, strict=True)]
-        )
+        places = zip(_places(chunk, staged), views, strict=True)
+        verifier.check(chunk, [place if view is None else view for place, view in places])
         if keep:
-            parts = [
-                Transfer(reads.arrays[piece.tensor], piece.start, piece.offset, piece.nbytes)
-                for piece, view in zip(chunk.pieces, views, strict=True)
-                if view is None
-            ]
             with splitting if _splits_elements(chunk, reads) else contextlib.nullcontext():
-                HOST.from_slot(parts, staged)
+                HOST.from_slot(_staged_parts(chunk, reads, views), staged)
 
     def counted(parts: Iterator[Chunk]) -> Iterator[Chunk]:
         nonlocal nbytes
@@ -181,6 +174,15 @@ def read_entries(
             error.add_note(f"Variables that had been overwritten by then: {', '.join(verifier.modified[:20])}")
         raise
     return ReadResult(nbytes, verifier.unchecked)
+
+
+def _staged_parts(chunk: Chunk, reads: Reads, views: Sequence[Buffer | None]) -> list[Transfer]:
+    """Of what has no view."""
+    return [
+        Transfer(reads.arrays[piece.tensor], piece.start, piece.offset, piece.nbytes)
+        for piece, view in zip(chunk.pieces, views, strict=True)
+        if view is None
+    ]
 
 
 def _read_to_device(
