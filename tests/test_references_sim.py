@@ -230,6 +230,51 @@ def test_another_threads_failure_lands_nothing_that_is_still_being_queued(sim, s
 
 
 @every_schedule
+def test_a_chunk_that_comes_in_anothers_midst_has_a_buffer_of_its_own(sim, small_chunks, monkeypatch):
+    """Two readers queue in one stream, and nobody holds them apart."""
+    need_compiler()
+    runtime, slots = runtime_of(), [Slot(sim), Slot(sim)]
+    arrays = [[sim.cupy.zeros(700, np.uint8) for _ in range(5)] for _ in slots]
+    runtime.order_after_caller()
+    kernels, events = runtime.kernels(), []
+    scatter = kernels.scatter
+
+    def restore(number: int) -> None:
+        slots[number].view[:3500] = bytes([number + 1]) * 3500
+        transfers = [Transfer(array, 0, 700 * n, 700) for n, array in enumerate(arrays[number])]
+        events.append(runtime.from_slot(transfers, slots[number].view))
+
+    def disturbed(*arguments: Any) -> None:
+        monkeypatch.setattr(kernels, "scatter", scatter)
+        restore(1)
+        scatter(*arguments)
+
+    monkeypatch.setattr(kernels, "scatter", disturbed)
+    restore(0)
+    for event in events:
+        event.synchronize()
+    for number, targets in enumerate(arrays):
+        assert all(set(array.get().tolist()) == {number + 1} for array in targets)
+    for slot in slots:
+        slot.free()
+
+
+@every_schedule
+def test_what_nobody_waited_for_is_freed_when_the_runtime_is_trimmed(sim, small_chunks):
+    need_compiler()
+    runtime, slot = runtime_of(), Slot(sim)
+    arrays = [sim.cupy.zeros(700, np.uint8) for _ in range(5)]
+    runtime.trim()
+    before = sim.memory[0].used
+    runtime.order_after_caller()
+    runtime.from_slot([Transfer(array, 0, 700 * n, 700) for n, array in enumerate(arrays)], slot.view)
+    runtime.trim()
+    assert (sim.memory[0].used, list(runtime._in_flight)) == (before, [])
+    slot.free()
+    sim.assert_quiescent()
+
+
+@every_schedule
 def test_checksums_of_tensors_that_borders_of_blocks_cut(sim, small_chunks):
     need_compiler()
     from gpusaver.bundle.crc import combine, crc32c
