@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from machine import ROOT
-from report import load, newest_results, print_table, title, update_document
+from report import load, markdown_table, newest_results, print_table, title, update_document
 
 _MB, _GB = 1e6, 1e9
 _COLUMNS = (
@@ -210,10 +210,8 @@ def markdown(results: dict[str, Any]) -> str:
     for workload in results["workloads"].values():
         for where, place in workload.get("places", {}).items():
             if place.get("peers"):
-                head, body = _figures_table(place, _SHORT_COLUMNS)
-                rows = [f"| {' | '.join(row)} |" for row in [head, *body]]
-                rows.insert(1, "|---|" + "---:|" * (len(head) - 1))
-                parts += [f"**{title(workload)}, in {where}**", "\n".join(rows)]
+                table = markdown_table(*_figures_table(place, _SHORT_COLUMNS))
+                parts += [f"**{title(workload)}, in {where}**", table]
     return "\n\n".join(parts)
 
 

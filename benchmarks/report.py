@@ -109,11 +109,14 @@ def markdown(results: dict[str, Any], *, is_main: bool) -> str:
         "arrays, pages of mapped files included. *x raw*: against the fastest plain write, or read, of the same bytes."
     ]
     for workload in [workload for name, workload in results["workloads"].items() if (name in _MAIN) == is_main]:
-        head, body = table(workload, with_range=False)
-        lines = [f"| {' | '.join(row)} |" for row in [head, *body]]
-        lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
-        parts += [f"**{title(workload)}**", "\n".join(lines)]
+        parts += [f"**{title(workload)}**", markdown_table(*table(workload, with_range=False))]
     return "\n\n".join(parts)
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in [head, *body]]
+    lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
+    return "\n".join(lines)
 
 
 def plot(results: dict[str, Any], path: str) -> None:

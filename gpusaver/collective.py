@@ -28,7 +28,6 @@ import numpy.typing as npt
 from gpusaver.arguments import make_directory, meta_graph_file
 from gpusaver.bundle.index import BundleIndex, encode_index
 from gpusaver.bundle.merge import merge_indexes
-from gpusaver.device import HOST
 from gpusaver.distributed.group import Group, Message, check_agreement, error_of, facts_of
 from gpusaver.distributed.planning import Assignment, assign, in_order
 from gpusaver.errors import DeadlineExceededError, InternalError
@@ -201,23 +200,10 @@ class CollectiveSaving:
                 save, mode, reason = self._saving.capture(save, share.request.capture)  # type: ignore[assignment]
             except Exception as error:
                 share.error = error
-        devices = sorted(runtime.name for runtime in save.runtimes if runtime is not HOST)
-        pending = PendingSave(
-            share.prefix,
-            mode,
-            reason,
-            timeline,
-            is_awaited=share.request.is_awaited,
-            devices=devices,
-            has_host_arrays=len(devices) < len(save.runtimes),
-        )
-        if mode == "deferred" and self._saving.check_captures:
-            self._saving.watch(save, pending)
+        pending = self._saving.begin(save, share.prefix, mode, reason, timeline, is_awaited=share.request.is_awaited)
         pending.complete = lambda timeout: self._complete(share, save, pending, timeout)
         if share.error is not None:
             pending.mark_captured()
-        elif mode == "snapshot":
-            pending.mark_snapshot(save.copied)
         run_in_background(lambda: self._write(share, save, len(shards), pending))
         return pending
 

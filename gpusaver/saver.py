@@ -25,7 +25,6 @@ from gpusaver.checkpoint_state import (
     checkpoint_times,
 )
 from gpusaver.collective import CollectiveSaving
-from gpusaver.device import HOST
 from gpusaver.device.inventory import nvtx
 from gpusaver.distributed.group import Group
 from gpusaver.distributed.transport import connect
@@ -331,20 +330,7 @@ class Saver:
         make_directory(self.storage, os.path.dirname(prefix), prefix)
         with timeline.span("capture"):
             save, mode, reason = self._saving.capture(save, request.capture)
-        devices = sorted(runtime.name for runtime in save.runtimes if runtime is not HOST)
-        pending = PendingSave(
-            prefix,
-            mode,
-            reason,
-            timeline,
-            is_awaited=request.is_awaited,
-            devices=devices,
-            has_host_arrays=len(devices) < len(save.runtimes),
-        )
-        if mode == "snapshot":
-            pending.mark_snapshot(save.copied)
-        if mode == "deferred" and self._saving.check_captures:
-            self._saving.watch(save, pending)
+        pending = self._saving.begin(save, prefix, mode, reason, timeline, is_awaited=request.is_awaited)
         self._pending = pending
         with ended_if_interrupted(pending):
             run_in_background(lambda: self._run(save, pending, meta_graph, request))

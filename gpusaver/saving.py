@@ -22,6 +22,7 @@ from gpusaver.pipeline.incremental import Contents, Hashing, Incremental, Writte
 from gpusaver.pipeline.plan import Item, Plan, Save
 from gpusaver.pipeline.preflight import Preflight
 from gpusaver.pipeline.save import Source, bulk_sources, checksums_now, write_chunks
+from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.watched import Meter
 from gpusaver.pipeline.workers import Slots
 from gpusaver.storage.base import Storage, WritableFile
@@ -141,6 +142,26 @@ class Saving:
             if event is not None:
                 copied.append(event)
         return Save(save.plan, sources, save.string_checksums, is_snapshot=True, copied=copied)
+
+    def begin(
+        self, save: Save, prefix: str, mode: str, reason: str, timeline: Timeline, *, is_awaited: bool
+    ) -> PendingSave:
+        """For what :meth:`capture` returned.  Call it in the caller's thread."""
+        devices = sorted(runtime.name for runtime in save.runtimes if runtime is not HOST)
+        pending = PendingSave(
+            prefix,
+            mode,
+            reason,
+            timeline,
+            is_awaited=is_awaited,
+            devices=devices,
+            has_host_arrays=len(devices) < len(save.runtimes),
+        )
+        if mode == "snapshot":
+            pending.mark_snapshot(save.copied)
+        if mode == "deferred" and self.check_captures:
+            self.watch(save, pending)
+        return pending
 
     def finish_capture(self, save: Save, pending: PendingSave) -> None:
         """In the background, before all else: a snapshot has been queued, and is now waited for."""

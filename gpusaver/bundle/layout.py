@@ -93,6 +93,12 @@ class Chunk:
         end, last = self.offset + self.nbytes, len(self.tensors) - 1
         return [number for number in {0, last} if self.starts[number] < self.offset or self.ends[number] > end]
 
+    @property
+    def whole(self) -> slice:
+        """Numbers of the others."""
+        cut, last = self.cut, len(self.tensors) - 1
+        return slice(int(0 in cut), last + (last not in cut))
+
     def runs(self, nbytes: int) -> Iterator[range]:
         """Numbers of tensors that lie here whole, side by side, each of less than ``nbytes``; others come alone."""
         starts, ends = np.asarray(self.starts), np.asarray(self.ends)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,8 +60,8 @@ class Transfer(NamedTuple):
     nbytes: int
 
 
-class Transfers(Sequence[Transfer]):
-    """Many of them, as columns: a row is made when it is asked for, which takes as long as to copy some kilobytes."""
+class Transfers:
+    """Many of them, as columns; iterating makes rows, each of which takes as long as to copy some kilobytes."""
 
     def __init__(self, arrays: Sequence[Any], starts: Column, offsets: Column, nbytes: Column) -> None:
         self.arrays = arrays
@@ -70,24 +70,11 @@ class Transfers(Sequence[Transfer]):
         self.nbytes = nbytes
 
     @classmethod
-    def of(cls, rows: Sequence[Transfer]) -> Transfers:
+    def of(cls, rows: Iterable[Transfer]) -> Transfers:
         if isinstance(rows, cls):
             return rows
-        numbers = np.array([row[1:] for row in rows], np.int64).reshape(-1, 3)
-        return cls([row.array for row in rows], *numbers.T)
-
-    def __len__(self) -> int:
-        return len(self.arrays)
-
-    @overload
-    def __getitem__(self, number: int) -> Transfer: ...
-    @overload
-    def __getitem__(self, number: slice) -> Transfers: ...
-    def __getitem__(self, number: int | slice) -> Transfer | Transfers:
-        columns = self.starts[number], self.offsets[number], self.nbytes[number]
-        if isinstance(number, slice):
-            return Transfers(self.arrays[number], *columns)
-        return Transfer(self.arrays[number], *map(int, columns))
+        arrays, *columns = zip(*rows, strict=True)
+        return cls(arrays, *np.array(columns, np.int64))
 
     def __iter__(self) -> Iterator[Transfer]:
         columns = self.starts.tolist(), self.offsets.tolist(), self.nbytes.tolist()
@@ -95,8 +82,6 @@ class Transfers(Sequence[Transfer]):
 
 
 _transfer = functools.partial(tuple.__new__, Transfer)  # a third of the time of Transfer(...)
-
-
 _C_CONTIGUOUS = operator.attrgetter("_c_contiguous")
 
 
@@ -144,14 +129,14 @@ class Runtime(Protocol):
     def allocate(self, nbytes: int) -> HostBuffer:
         """Host memory for slots.  ResourceExhaustedError if there is none."""
 
-    def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+    def to_slot(self, transfers: Iterable[Transfer], slot: memoryview) -> Event | None:
         """Copies the parts into the slot; they are there when the event has happened (None: already).
 
         Gaps between them may be overwritten with anything until then.  The parts are in order of their offsets, and all
         of arrays or all of copies of one snapshot.  If it raises, nothing uses the slot any more.
         """
 
-    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+    def from_slot(self, transfers: Iterable[Transfer], slot: memoryview) -> Event | None:
         """Copies from the slot into the arrays; the slot may be reused when the event has happened (None: already).
 
         Otherwise as :meth:`to_slot`.

@@ -20,18 +20,18 @@ import functools
 import importlib.metadata
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import cupy
 import numpy as np
 
-from gpusaver.device.base import Checking, Event, HostBuffer, Transfer, Transfers, are_contiguous
+from gpusaver.device.base import Checking, Column, Event, HostBuffer, Transfer, Transfers, are_contiguous
 from gpusaver.device.cuda_image import Copy, Filling, Snapshot, plan_filling
 from gpusaver.device.cuda_kernels import Kernels, load
 from gpusaver.device.cuda_memory import DeviceBuffer, Held, PinnedBuffer, Pool
 from gpusaver.device.cuda_streams import callers_streams, handle_of, on_device, record, wait_for
-from gpusaver.device.launch_plan import Column, column, cut_rows
+from gpusaver.device.launch_plan import column, cut_rows
 from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
 from gpusaver.tensor import TensorSpec
 
@@ -220,7 +220,7 @@ class CudaRuntime:
         with on_device(self.device):
             return PinnedBuffer(nbytes)
 
-    def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+    def to_slot(self, transfers: Iterable[Transfer], slot: memoryview) -> Event | None:
         base, transfers = _address_of(slot), Transfers.of(transfers)
         with self._queueing(Held()) as held:
             held.keep(slot, transfers.arrays)
@@ -250,15 +250,15 @@ class CudaRuntime:
 
     def _from_image(self, transfers: Transfers, base: int, held: Held) -> _Ended:
         """A chunk lies in the image as it will in the file: the pieces and what is between them are copied at once."""
-        copy, start, _, _ = transfers[0]
+        copy: Copy = transfers.arrays[0]
         begin, end = _extent(transfers)
-        places, sizes = column([copy.place + start]), column([end - begin])
+        places, sizes = copy.place + transfers.starts[:1], column([end - begin])
         _, starts, block, offset, nbytes = copy.image.stretches(places, sizes)
         for target, origin, size in column([base + begin + starts, block + offset, nbytes]).T.tolist():
             self._memcpy(target, origin, size, _DEVICE_TO_HOST)
         return self._mark(held)
 
-    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+    def from_slot(self, transfers: Iterable[Transfer], slot: memoryview) -> Event | None:
         base, transfers = _address_of(slot), Transfers.of(transfers)
         with self._queueing(Held()) as held:
             held.keep(slot, transfers.arrays)

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gpusaver.device.base import Column
 from gpusaver.device.cuda_memory import DeviceBuffer
-from gpusaver.device.launch_plan import Column, column, cut_tiles, enumerated
+from gpusaver.device.launch_plan import column, cut_tiles, enumerated
 
-PAGE = 4096
+_PAGE = 4096
 #: Of an image: small enough to be found in memory that others have used in pieces.
 BLOCK_NBYTES = 256 * 1024 * 1024
 
@@ -46,7 +47,7 @@ class Image:
     def grow(self, nbytes: int) -> None:
         """To at least ``nbytes`` bytes.  ResourceExhaustedError, the image as it was, if the device has no room."""
         more: list[DeviceBuffer] = []
-        missing = -(-(nbytes - self.nbytes) // PAGE) * PAGE
+        missing = -(-(nbytes - self.nbytes) // _PAGE) * _PAGE
         while missing > 0:
             more.append(DeviceBuffer(min(missing, BLOCK_NBYTES)))
             missing -= more[-1].nbytes

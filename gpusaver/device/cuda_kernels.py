@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import cupy
 import numpy as np
 import numpy.typing as npt
 
-from gpusaver.device.base import Transfer, Transfers, are_contiguous
+from gpusaver.device.base import Column, Transfer, Transfers, are_contiguous
 from gpusaver.device.cuda_memory import Held, Pool, Table
 from gpusaver.device.cuda_streams import on_device
 from gpusaver.device.launch_plan import (
@@ -29,7 +29,6 @@ from gpusaver.device.launch_plan import (
     MAX_DIMS,
     TILE_UNITS,
     WARPS_PER_BLOCK,
-    Column,
     column,
     cut_parts,
     cut_tiles,
@@ -68,11 +67,11 @@ class Kernels:
                 module.compile()
                 self._functions |= {name: module.get_function(name) for name in names}
 
-    def gather(self, transfers: Sequence[Transfer], image: int, stream: Any, held: Held) -> None:
+    def gather(self, transfers: Iterable[Transfer], image: int, stream: Any, held: Held) -> None:
         """Copies the parts of the arrays, of any strides, to their offsets from the address ``image``."""
         self._copy("gather", transfers, image, stream, held)
 
-    def scatter(self, transfers: Sequence[Transfer], image: int, stream: Any, held: Held) -> None:
+    def scatter(self, transfers: Iterable[Transfer], image: int, stream: Any, held: Held) -> None:
         """Copies the bytes at the offsets from the address ``image`` to the parts of the arrays, of any strides.
 
         Requires: no two elements of an array share memory.
@@ -117,7 +116,7 @@ class Kernels:
 
         return launch
 
-    def _copy(self, name: str, transfers: Sequence[Transfer], image: int, stream: Any, held: Held) -> None:
+    def _copy(self, name: str, transfers: Iterable[Transfer], image: int, stream: Any, held: Held) -> None:
         transfers = Transfers.of(transfers)
         held.keep(transfers.arrays)
         plain = are_contiguous(transfers.arrays)

@@ -7,7 +7,7 @@ import functools
 import itertools
 import mmap
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class HostRuntime:
             return None
         return array if nbytes == array.nbytes else byte_view(array)[start : start + nbytes]
 
-    def to_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+    def to_slot(self, transfers: Iterable[Transfer], slot: memoryview) -> Event | None:
         target: npt.NDArray[np.uint8] | None = None
         for array, start, offset, nbytes in transfers:
             view = byte_view(array)[start : start + nbytes] if is_plain(array) else None
@@ -90,7 +90,7 @@ class HostRuntime:
             np.concatenate(same, axis=None, out=target)
             position += target.nbytes
 
-    def from_slot(self, transfers: Sequence[Transfer], slot: memoryview) -> Event | None:
+    def from_slot(self, transfers: Iterable[Transfer], slot: memoryview) -> Event | None:
         source: npt.NDArray[np.uint8] | None = None
         for array, start, offset, nbytes in transfers:
             view = byte_view(array)[start : start + nbytes] if is_plain(array) else None

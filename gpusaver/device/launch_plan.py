@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gpusaver.device.base import Column
+
 #: For NVRTC; CuPy adds the architecture and ``-ftz=true --device-as-default-execution-space``.
 COMPILE_OPTIONS = ("-std=c++17",)
 
@@ -38,8 +40,6 @@ PART = np.dtype([("address", "<i8"), ("nbytes", "<u4"), ("exponent", "<u4"), ("p
 WARPS_PER_BLOCK = 8
 _ORDER = 2**31 - 1  # x^_ORDER = 1 modulo the polynomial of CRC-32C
 _MIN_PART_NBYTES, _MAX_PART_NBYTES = 8 * 1024, 64 * 1024
-
-Column = npt.NDArray[np.int64]
 
 
 def cut_tiles(array: Column, offset: Column, nbytes: Column, target: Column) -> npt.NDArray[np.void]:

@@ -164,12 +164,10 @@ class Checksums:
 
     def add_chunk(self, chunk: Chunk, slot: memoryview) -> None:
         """Every piece of a chunk that lies in ``slot``."""
-        cut, begin = chunk.cut, chunk.offset
-        for number in cut:
+        whole, begin = chunk.whole, chunk.offset
+        for number in chunk.cut:
             piece = chunk.piece(number)
             self.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
-        last = len(chunk.tensors) - 1
-        whole = slice(int(0 in cut), last + (last not in cut))
         places = zip(chunk.starts[whole], chunk.ends[whole], strict=True)
         checksums = [crc32c(slot[start - begin : end - begin]) for start, end in places]
         self.add_known(chunk.tensors[whole], checksums)

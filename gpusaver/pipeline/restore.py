@@ -276,10 +276,9 @@ class _Verifier:
 
     def check(self, chunk: Chunk, buffers: Sequence[Any]) -> None:
         """``buffers`` hold the bytes of the pieces."""
-        cut, last = chunk.cut, len(buffers) - 1
-        for number in cut:
+        for number in chunk.cut:
             self._checksums.add(chunk.piece(number), buffers[number])
-        whole = slice(int(0 in cut), last + (last not in cut))
+        whole = chunk.whole
         tensors, checksums = chunk.tensors[whole], list(map(crc32c, buffers[whole]))
         if checksums != [self._expected[tensor] for tensor in tensors]:
             for tensor, crc in zip(tensors, checksums, strict=True):

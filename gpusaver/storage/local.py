@@ -114,8 +114,9 @@ class LocalWritableFile:
     def write_at(self, offset: int, buffers: Sequence[Buffer]) -> None:
         # Many short buffers keep the interpreter busy: threads would take turns for it and for the file, and do no two
         # things at once.
-        is_coarse = sum(map(_NBYTES, buffers)) >= len(buffers) * _COARSE_NBYTES
-        if is_coarse and self._is_mapped and self._write_mapped(offset, buffers):
+        nbytes = sum(map(_NBYTES, buffers))
+        is_coarse = nbytes >= len(buffers) * _COARSE_NBYTES
+        if is_coarse and self._is_mapped and self._write_mapped(offset, nbytes, buffers):
             return
         # The page cache lets one thread write to a file at a time; others that wait in the kernel keep cores busy.
         turn = self._turn if is_coarse and self.alignment == 1 else contextlib.nullcontext()
@@ -132,8 +133,7 @@ class LocalWritableFile:
         if offset + wanted > self._nbytes:
             self._is_padded = True
 
-    def _write_mapped(self, offset: int, buffers: Sequence[Buffer]) -> bool:
-        nbytes = sum(map(_NBYTES, buffers))
+    def _write_mapped(self, offset: int, nbytes: int, buffers: Sequence[Buffer]) -> bool:
         if nbytes < HUGE_NBYTES or offset % HUGE_NBYTES:
             return False
         self._is_mapped = write_mapped(self._fd, offset, nbytes, list(filter(_NBYTES, buffers)))

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gated_storage import GatedStorage
 
 import gpusaver
 from gpu.tools import Gpu, assert_holds, contents, device_state, host_state, host_values, in_child, spoil
 from gpusaver.device import Transfer
-from gpusaver.storage.local import LocalStorage
 
 #: The driver gives memory out in pages of 2 MiB, and grows its own heaps now and then.
 SLACK_NBYTES = 8 << 20
@@ -169,35 +169,14 @@ def test_a_saver_that_is_dropped_gives_its_memory_back(
     assert contents(state) == expected
 
 
-class Held(LocalStorage):
-    """Saves wait at their first file, when nothing is read, or at their first rename, when all is."""
-
-    def __init__(self, at: str) -> None:
-        super().__init__()
-        self._at = at
-        self.arrived, self.go_on = threading.Event(), threading.Event()
-
-    def _pass(self, at: str) -> None:
-        if at == self._at:
-            self.arrived.set()
-            assert self.go_on.wait(60)
-
-    def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> Any:
-        self._pass("create")
-        return super().create(path, nbytes, direct=direct, target=target)
-
-    def replace(self, source: str, target: str) -> None:
-        self._pass("replace")
-        super().replace(source, target)
-
-
 @pytest.mark.parametrize("at", ["create", "replace"])
 @pytest.mark.parametrize("capture", ["snapshot", "deferred"])
 def test_a_saver_that_is_dropped_while_it_saves(
     gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capture: Any, at: str
 ):
     """The save goes on, its memory stays as long as that takes, and no longer."""
-    pinned, storage = Pinned(gpu, monkeypatch), Held(at)
+    pinned, storage = Pinned(gpu, monkeypatch), GatedStorage()
+    storage.hold(at)
     values = host_values(gpu, 4)
     state, expected = device_state(gpu, values), contents(host_state(values))
     saver = gpusaver.Saver(state, storage=storage)
@@ -208,7 +187,7 @@ def test_a_saver_that_is_dropped_while_it_saves(
     gc.collect()
     assert pinned.regions == before
     assert bool(before) == (at == "replace")
-    storage.go_on.set()
+    storage.let_go()
     assert_holds(pending.result(), expected)
     await_the_end_of_savers()
     assert not pinned.regions
