@@ -44,7 +44,6 @@ _NOT_QUICK = (
     "TensorFlow",
     "Orbax",
     "PyTorch DCP x4",
-    "gpusaver in place",
     "raw page cache x4",
     "raw O_DIRECT x1",
 )

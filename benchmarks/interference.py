@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from machine import ROOT
@@ -44,11 +43,11 @@ def run_for(seconds: float) -> float:
     return run_steps(lambda: time.perf_counter() > end)
 
 
-def measure(arrays: Arrays, direct_io: Any, rounds: int, directory: str) -> list[list[float]]:
+def measure(arrays: Arrays, rounds: int, directory: str) -> list[list[float]]:
     """Per round: seconds of a copy, of the call, of the drain; how much slower a step is meanwhile."""
     copies = {name: array.copy() for name, array in arrays.items()}
     found = []
-    with gpusaver.Saver(dict(arrays), max_to_keep=1, direct_io=direct_io) as saver:
+    with gpusaver.Saver(dict(arrays), max_to_keep=1) as saver:
         saver.save_async(os.path.join(directory, "warm.ckpt"), capture="snapshot").result()
         for number in range(rounds):
             start = time.perf_counter()
@@ -75,23 +74,22 @@ def main() -> None:
     directory = os.path.join(options.directory, "interference")
     workload = WORKLOADS["gpt2"]
     arrays = State(workload, create_block(workload)).arrays
-    for direct_io in (None, "in_place"):
-        os.makedirs(directory)
-        try:
-            memcpy, call, drain, slower = zip(*measure(arrays, direct_io, options.rounds, directory), strict=True)
-        finally:
-            shutil.rmtree(directory)
-        body = [
-            [title, f"{statistics.median(values):.3f}", f"{min(values):.3f}", f"{max(values):.3f}"]
-            for title, values in (
-                ("one copy of the arrays, s", memcpy),
-                ("save_async returns, s", call),
-                ("  copies", [one / statistics.median(memcpy) for one in call]),
-                ("then durable after, s", drain),
-                ("a step meanwhile, steps without a save", slower),
-            )
-        ]
-        print_table(f"A loop beside a save of 1.49 GB, direct_io={direct_io!r}", ["", "median", "min", "max"], body)
+    os.makedirs(directory)
+    try:
+        memcpy, call, drain, slower = zip(*measure(arrays, options.rounds, directory), strict=True)
+    finally:
+        shutil.rmtree(directory)
+    body = [
+        [title, f"{statistics.median(values):.3f}", f"{min(values):.3f}", f"{max(values):.3f}"]
+        for title, values in (
+            ("one copy of the arrays, s", memcpy),
+            ("save_async returns, s", call),
+            ("  copies", [one / statistics.median(memcpy) for one in call]),
+            ("then durable after, s", drain),
+            ("a step meanwhile, steps without a save", slower),
+        )
+    ]
+    print_table("A loop beside a save of 1.49 GB", ["", "median", "min", "max"], body)
 
 
 if __name__ == "__main__":

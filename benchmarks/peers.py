@@ -132,12 +132,6 @@ class GpusaverDirect(Gpusaver):
     direct_io = True
 
 
-class GpusaverInPlace(Gpusaver):
-    """Around the page cache from where the arrays lie."""
-
-    direct_io = "in_place"
-
-
 class GpusaverTwoFiles(Gpusaver):
     """A data file each for two devices, as TensorFlow has them: here numbered CPU devices, which are one memory."""
 
@@ -504,7 +498,6 @@ PEERS: dict[str, type[Peer]] = {
     "gpusaver": Gpusaver,
     "gpusaver page cache": GpusaverCached,
     "gpusaver O_DIRECT": GpusaverDirect,
-    "gpusaver in place": GpusaverInPlace,
     "gpusaver x2 files": GpusaverTwoFiles,
     "gpusaver and .meta": GpusaverMeta,
     "gpusaver async": GpusaverAsync,

@@ -159,7 +159,6 @@ class CollectiveSaving:
         numbers = sorted(in_order[place] for place in np.flatnonzero(is_written).tolist())
         cached = self._kept[0] if self._kept is not None and self._kept[1] == numbers else None
         save = plan_save([leaves[number] for number in numbers], sharded=self._options.sharded, cached=cached)
-        save = self._saving.arrange(save)
         self._kept = save.plan, numbers
         return save
 

@@ -67,9 +67,7 @@ class Saver:
     32 MiB; as much as the state lets a "deferred" save run at the speed of the link, whatever the disk's.  (Tables of
     kernels come on top, 256 KiB each, a few per device.)  ``check_captures``: for debugging; "deferred" saves read
     everything three times, and their fences raise FailedPreconditionError for variables that were changed too early.
-    ``direct_io``: None decides by directory and size, True or False for all; "in_place" is True, but large arrays in
-    huge pages are written from where they lie instead of by way of the ring: that takes less CPU time, and where bytes
-    lie in the files depends on where they lay in memory.  ``strict``: every save is read again from
+    ``direct_io``: None decides by directory and size, True or False for all.  ``strict``: every save is read again from
     the medium and verified before it replaces anything or counts as durable, DataLossError if it differs; it takes the
     time of a read.  (The system's cache is dropped for that; what a disk answers from memory of its own nobody can
     tell.)  ``incremental``: variables that do not change get data files of their own, and one that would hold what that
@@ -103,7 +101,7 @@ class Saver:
         pad_step_number: bool = False,
         save_relative_paths: bool = True,
         filename: str | None = None,
-        direct_io: bool | Literal["in_place"] | None = None,
+        direct_io: bool | None = None,
         staging_bytes: int = 0,
         strict: bool = False,
         incremental: bool | Literal["declared"] = False,
@@ -363,7 +361,7 @@ class Saver:
 
     def _planned(self, leaves: Sequence[Leaf]) -> Save:
         frozen = self._saving.frozen(leaves)
-        return self._saving.arrange(plan_save(leaves, sharded=self._sharded, cached=self._plan, frozen=frozen))
+        return plan_save(leaves, sharded=self._sharded, cached=self._plan, frozen=frozen)
 
     @collector_paused()
     def _leaves(self) -> list[Leaf]:

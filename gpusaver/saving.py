@@ -66,7 +66,7 @@ class Saving:
     def __init__(
         self,
         storage: Storage,
-        direct_io: bool | Literal["in_place"] | None,
+        direct_io: bool | None,
         staging_bytes: int,
         *,
         strict: bool,
@@ -75,10 +75,9 @@ class Saving:
     ) -> None:
         self.slots = Slots(CHUNK_NBYTES, max(_PINNED_SLOTS, staging_bytes // CHUNK_NBYTES))
         self.storage = storage
-        if direct_io not in (None, False, True, "in_place"):
-            raise ValueError(f"direct_io: expected None, False, True or 'in_place', found {direct_io!r}")
-        self.direct_io = None if direct_io is None else bool(direct_io)
-        self._in_place = direct_io == "in_place"
+        if direct_io not in (None, False, True):
+            raise ValueError(f"direct_io: expected None, False or True, found {direct_io!r}")
+        self.direct_io = direct_io
         self.strict = strict
         self.check_captures = check_captures
         self.preflight = Preflight(storage)
@@ -91,10 +90,6 @@ class Saving:
     def frozen(self, leaves: Iterable[Leaf]) -> frozenset[str]:
         """Names of the variables that the next save puts into data files of their own."""
         return frozenset() if self._incremental is None else self._incremental.frozen(leaves)
-
-    def arrange(self, save: Save) -> Save:
-        """The same, laid out as it is to be written."""
-        return save.moved(around_cache=self._in_place)
 
     @collector_paused()
     def capture(self, save: Save, capture: Capture) -> tuple[Save, str, str]:
@@ -268,7 +263,6 @@ class Saving:
             on_staged=pending.mark_captured if is_read else lambda: None,
             cancelled=pending.cancel_requested,
             timeline=pending.timeline,
-            in_place=self._in_place or save.is_snapshot,
             is_snapshot=save.is_snapshot,
         )
 

@@ -16,6 +16,7 @@ import gpusaver
 from gpusaver import finding
 from gpusaver.bundle import crc
 from gpusaver.bundle.index import Entry, encode_index
+from gpusaver.bundle.layout import PHASE
 from gpusaver.errors import DataLossError, InvalidArgumentError, NotFoundError, UnknownError
 from gpusaver.storage.local import LocalStorage
 from gpusaver.tensor import DataType, TensorSpec
@@ -296,7 +297,7 @@ class Lying(LocalStorage):
         def sync_and_change() -> None:
             sync()
             if nbytes:
-                flip(Path(path), 10)
+                flip(Path(path), PHASE)
 
         if self.kind and self.kind in path:
             file.sync = sync_and_change  # type: ignore[method-assign]

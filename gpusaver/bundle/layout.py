@@ -6,12 +6,12 @@
     | run of owner 0                                | run of owner 1 ...
     ^4096                                           ^4096
     | large | pad | large | pad | small small small |
-    ^4096         ^4096         packed
+    ^4096 + 16    ^4096 + 16    packed
 
     chunks: windows of a run of chunk_nbytes, each a list of pieces (this part of that tensor goes there)
 
-A host array that is written around the page cache may lie at a *phase* instead of a page's begin: as far into a page
-of the file as into a page of memory, so that the disk takes its pages from where they are.
+Large tensors lie as far into a page of the file as NumPy's large arrays into a page of memory: so a disk can take the
+pages from where they are, and the page cache is copied to and from at full speed.
 
 An *owner* is what can read the tensors' bytes: the host, or one device.  No chunk spans two owners.  Tensors keep the
 order in which they are given (the order of their keys) among the large and among the small ones of a run.
@@ -30,9 +30,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-#: Tensors of at least this many bytes start at multiples of PAGE; padding then costs at most 3 % and 1.5 % on average.
+#: Tensors of at least this many bytes start PHASE into a page; padding then costs at most 3 % and 1.5 % on average.
 LARGE_NBYTES = 128 * 1024
 PAGE = 4096
+#: glibc's malloc maps pages for what takes 128 KiB or more, and keeps 16 bytes before what it returns.  Devices, whose
+#: arrays begin at multiples of 256, move and check 16 bytes at a time.
+PHASE = 16
 #: Bounds what one chunk costs in Python, and the size of a device's table of pieces.
 MAX_PIECES = 65_536
 
@@ -140,22 +143,14 @@ class Layout:
         columns = self.shard, self.offset, self.nbytes, self.owner
         return chunks(*columns, chunk_nbytes, max_gap=PAGE, alignment=PAGE, only=owner)
 
-    def moved(self, phases: Column) -> Layout:
-        """The same with the large tensors at other phases."""
-        return plan_layout(self.nbytes, self.owner, self.shard, len(self.shard_nbytes), phases)
-
 
 def plan_layout(
     nbytes: Sequence[int] | Column,
     owner: Sequence[int] | Column,
     shard: Sequence[int] | Column,
     num_shards: int,
-    phases: Column | None = None,
 ) -> Layout:
-    """Places tensors given as columns: their stored sizes in bytes, their owners and their shards.
-
-    ``phases``: how far behind a multiple of PAGE each large tensor is to begin; None: not at all.
-    """
+    """Places tensors given as columns: their stored sizes in bytes, their owners and their shards."""
     sizes = np.asarray(nbytes, dtype=np.int64)
     owners = np.asarray(owner, dtype=np.int64)
     shards = np.asarray(shard, dtype=np.int64)
@@ -167,23 +162,21 @@ def plan_layout(
         for run_owner in np.unique(owners[in_shard]):
             run = np.flatnonzero(in_shard & (owners == run_owner))
             is_large = sizes[run] >= LARGE_NBYTES
-            end = _round_up(end, PAGE)
-            large = run[is_large]
-            end = _place(offsets, sizes, large, end, np.zeros_like(large) if phases is None else phases[large])
-            end = _place(offsets, sizes, run[~is_large], end, None)
+            end = _place(offsets, sizes, run[is_large], _round_up(end, PAGE), PHASE)
+            end = _place(offsets, sizes, run[~is_large], end)
         shard_nbytes.append(end)
     return Layout(shards, offsets, sizes, owners, tuple(shard_nbytes))
 
 
-def _place(offsets: Column, sizes: Column, members: Column, start: int, phases: Column | None) -> int:
-    """Sets the members' offsets from ``start`` on, each the first of its phase; returns where the last one ends."""
+def _place(offsets: Column, sizes: Column, members: Column, start: int, phase: int | None = None) -> int:
+    """Sets the members' offsets from ``start`` on, each the first of the phase; returns where the last one ends."""
     if not len(members):
         return start
     nbytes = sizes[members]
     ends = start + np.cumsum(nbytes)
-    if phases is not None:
-        before = np.concatenate(([start], phases[:-1] + nbytes[:-1]))  # modulo PAGE
-        ends += np.cumsum((phases - before) % PAGE)
+    if phase is not None:
+        before = np.concatenate(([start], phase + nbytes[:-1]))  # modulo PAGE
+        ends += np.cumsum((phase - before) % PAGE)
     offsets[members] = ends - nbytes
     return int(offsets[members[-1]] + sizes[members[-1]])
 

@@ -251,12 +251,14 @@ class CheckpointManager:
             return None
         self._collect(wait=True)
         prefix = os.path.join(self.directory, f"{self._name}-{step}")
-        progress = self._progress
+        progress, nbytes = self._progress, 0
 
         def finish(prefix: str) -> None:
             self._take_note(os.path.basename(prefix), value, is_pinned)
 
         def on_written(written: int, total: int) -> None:
+            nonlocal nbytes
+            nbytes = total  # with what pads tensors
             progress(SaveProgress(prefix, written, total))
 
         request = SaveRequest(
@@ -272,21 +274,21 @@ class CheckpointManager:
         assert pending is not None
         self._pending, self._must_retry = pending, False
         self._base_step, self._base_time = step, self._clock()
-        pending.add_done_callback(self._report)
+        pending.add_done_callback(lambda pending: self._report(pending, nbytes))
         if pending.capture == "blocking" and not is_awaited:
             with ended_if_interrupted(pending):
                 pending.wait_captured()
         pending.mark_returned()
         return pending
 
-    def _report(self, pending: PendingSave) -> None:
+    def _report(self, pending: PendingSave, nbytes: int) -> None:
         """In the saving thread, when it is over."""
         report = pending.report
         if report is None:
             self._progress.close()
             return
         _log.info("saved %s: %d bytes in %.2f s", pending.prefix, report.nbytes, report.durable_seconds)
-        self._progress(SaveProgress(pending.prefix, report.nbytes, report.nbytes, is_durable=True))
+        self._progress(SaveProgress(pending.prefix, nbytes, nbytes, is_durable=True))
 
     def _answer(self, signal_name: str, step: int, metric: float | None) -> None:
         """Saves at the step boundary after a signal, unless this step is saved already."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +14,11 @@ import numpy.typing as npt
 from gpusaver.bundle.bulk import collector_paused
 from gpusaver.bundle.crc import mask
 from gpusaver.bundle.index import Entry, IndexTemplate
-from gpusaver.bundle.layout import PAGE, Column, Layout, plan_layout
+from gpusaver.bundle.layout import Column, Layout, plan_layout
 from gpusaver.bundle.slices import check_tiling, slice_key
 from gpusaver.bundle.strings import encode_strings
 from gpusaver.device import HOST, Event, Runtime, admit, runtimes_of
-from gpusaver.device.host import address, is_plain
-from gpusaver.device.huge_pages import huge_region
+from gpusaver.device.host import address
 from gpusaver.errors import InternalError, InvalidArgumentError
 from gpusaver.pipeline.save import Source, bulk_sources
 from gpusaver.tensor import TensorSlice, TensorSpec
@@ -30,8 +29,6 @@ _VALUE = operator.attrgetter("value")
 _DTYPE = operator.attrgetter("dtype")
 _SHAPE = operator.attrgetter("shape")
 _BASE = operator.attrgetter("base")
-#: Smaller arrays are in huge pages by chance alone: NumPy asks for them from 4 MiB on.
-_PHASED_NBYTES = 1 << 20
 #: The masked checksum of no bytes.
 _EMPTY_CRC = mask(0)
 
@@ -92,8 +89,6 @@ class Plan:
     #: Names of the variables that lie in data files of their own, and the numbers of these.
     frozen: frozenset[str] = frozenset()
     frozen_shards: frozenset[int] = frozenset()
-    #: Of the large tensors, where that is not 0: see :mod:`gpusaver.bundle.layout`.
-    phases: dict[int, int] = field(default_factory=dict)
     _templates: dict[int, tuple[IndexTemplate, npt.NDArray[np.int64]]] = field(default_factory=dict)
 
     def index(self, num_shards: int, checksums: dict[int, int]) -> bytes:
@@ -105,15 +100,6 @@ class Plan:
         numbers = np.fromiter(checksums.keys(), np.int64, len(checksums))
         masked[numbers] = mask(np.fromiter(checksums.values(), np.uint32, len(checksums)))
         return template.fill(masked[tensors])
-
-    def moved(self, phases: dict[int, int]) -> Plan:
-        """The same with the large tensors at these phases."""
-        if phases == self.phases:
-            return self
-        column = np.zeros(len(self.layout.nbytes), np.int64)
-        column[list(phases)] = list(phases.values())
-        layout = self.layout.moved(column)
-        return replace(self, layout=layout, places=layout.places(), phases=phases, _templates={})
 
     def _template(self, num_shards: int) -> tuple[IndexTemplate, npt.NDArray[np.int64]]:
         """The index without checksums, and for each entry the number of its tensor (-1: partitioned, has none)."""
@@ -139,22 +125,6 @@ class Save:
     string_checksums: dict[int, int]
     is_snapshot: bool = False
     copied: Sequence[Event] = ()
-
-    def moved(self, *, around_cache: bool) -> Save:
-        """``around_cache``: host arrays in huge pages lie in the files as in memory, to be written from there."""
-        phases: dict[int, int] = {}
-        if around_cache:
-            for number in np.flatnonzero(self.plan.layout.nbytes >= _PHASED_NBYTES).tolist():
-                runtime, array = self.sources[number]
-                # Readers that map a file want elements at multiples of their size.
-                if runtime is not HOST or not is_plain(array) or not array.flags.aligned:
-                    continue
-                start = address(array)
-                first, last = huge_region(start, start + array.nbytes)
-                if start % PAGE and first < last:
-                    phases[number] = start % PAGE
-        plan = self.plan.moved(phases)
-        return self if plan is self.plan else replace(self, plan=plan)
 
     @property
     def runtimes(self) -> list[Runtime]:

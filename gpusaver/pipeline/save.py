@@ -61,7 +61,6 @@ def write_chunks(
     on_staged: Callable[[], None],
     cancelled: threading.Event,
     timeline: Timeline,
-    in_place: bool = False,
     is_snapshot: bool = False,
 ) -> dict[int, int]:
     """Writes every tensor into ``files`` (one a shard) and returns the checksum of each that has bytes.
@@ -83,7 +82,7 @@ def write_chunks(
         else:
             staged.append((runtime, chunks))
     unread = _Countdown(len(on_host) + len(staged), on_staged)
-    writer = _Writer(sources, files, Checksums(layout.nbytes.tolist()), unread, cancelled, timeline, in_place=in_place)
+    writer = _Writer(sources, files, Checksums(layout.nbytes.tolist()), unread, cancelled, timeline)
     if not staged:
         work_off(on_host, writer.write_from_host, slots, threads, cancelled, timeline=timeline)
         return writer.checksums.finished()
@@ -166,8 +165,6 @@ class _Writer:
         unread: _Countdown,
         cancelled: threading.Event,
         timeline: Timeline,
-        *,
-        in_place: bool,
     ) -> None:
         self.checksums = checksums
         self._sources = sources
@@ -177,7 +174,6 @@ class _Writer:
         self.checked: frozenset[int] = frozenset()
         self._cancelled = cancelled
         self.timeline = timeline
-        self._in_place = in_place
 
     def write_from_host(self, chunk: Chunk, slot: LazySlot) -> None:
         """From the arrays themselves; what does not lie there as it is stored goes through the worker's slot."""
@@ -197,7 +193,7 @@ class _Writer:
     def fill(self, chunk: Chunk, slot: memoryview) -> Ready:
         """What is to be written of a chunk of the host around the page cache, with all but that done.
 
-        If asked for, long pieces are written from where they are, if they lie there as in the file, page on page.
+        Long pieces are written from where they are, if they lie there as in the file, page on page.
         Checksums are computed here rather than by a writer: the bytes are in this core's caches, and the writers wait.
         """
         file = self._files[chunk.shard]
@@ -209,7 +205,7 @@ class _Writer:
                 continue
             piece = chunk.piece(run.start)
             array = self._sources[piece.tensor].array
-            found = find_in_place(piece, array, file.alignment) if self._in_place else None
+            found = find_in_place(piece, array, file.alignment)
             if found is not None:
                 in_place.append(found)
             with self.timeline.span("copy", piece.nbytes if found is None else 0):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusaver.bundle import layout as layout_module
-from gpusaver.bundle.layout import LARGE_NBYTES, MAX_PIECES, PAGE, Chunk, chunks, plan_layout
+from gpusaver.bundle.layout import LARGE_NBYTES, MAX_PIECES, PAGE, PHASE, Chunk, chunks, plan_layout
 
 # Tensors count as large from here on in these tests, so that a few kilobytes show everything.
 LARGE = 3 * PAGE
@@ -32,18 +32,16 @@ class Tensor(NamedTuple):
     nbytes: int
     owner: int
     shard: int
-    phase: int
 
 
-phases = st.integers(0, PAGE - 1)
-tensors = st.lists(st.builds(Tensor, sizes, st.integers(0, 2), st.integers(0, 2), st.just(0) | phases), max_size=40)
+tensors = st.lists(st.builds(Tensor, sizes, st.integers(0, 2), st.integers(0, 2)), max_size=40)
 windows = st.integers(1, 5).map(lambda pages: pages * PAGE)
 
 
 def plan(given_tensors: list[Tensor]) -> layout_module.Layout:
-    nbytes, owners, shards, offsets = ([tensor[column] for tensor in given_tensors] for column in range(4))
+    nbytes, owners, shards = ([tensor[column] for tensor in given_tensors] for column in range(3))
     with mock.patch.object(layout_module, "LARGE_NBYTES", LARGE):
-        return plan_layout(nbytes, owners, shards, 3, np.asarray(offsets, np.int64))
+        return plan_layout(nbytes, owners, shards, 3)
 
 
 def check_coverage(found: Iterable[Chunk], shard: Any, offset: Any, nbytes: Any, owner: Any) -> None:
@@ -78,7 +76,7 @@ def test_tensors_do_not_overlap_and_are_aligned(given_tensors: list[Tensor]) -> 
         end = 0
         for tensor in inside:
             if given_tensors[tensor].nbytes >= LARGE:
-                assert layout.offset[tensor] % PAGE == given_tensors[tensor].phase
+                assert layout.offset[tensor] % PAGE == PHASE
             assert layout.offset[tensor] >= end
             end = layout.offset[tensor] + layout.nbytes[tensor]
         assert end <= shard_nbytes
@@ -89,7 +87,7 @@ def test_tensors_do_not_overlap_and_are_aligned(given_tensors: list[Tensor]) -> 
 def test_tensors_keep_their_order_within_a_run(given_tensors: list[Tensor]) -> None:
     layout = plan(given_tensors)
     runs: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
-    for tensor, (nbytes, owner, shard, _) in enumerate(given_tensors):
+    for tensor, (nbytes, owner, shard) in enumerate(given_tensors):
         runs[shard, owner, nbytes >= LARGE].append(int(layout.offset[tensor]))
     for offsets in runs.values():
         assert offsets == sorted(offsets)
@@ -146,9 +144,9 @@ def test_many_tiny_tensors_are_split_at_the_limit_of_pieces() -> None:
 
 
 @pytest.mark.parametrize("nbytes", [LARGE_NBYTES - 1, LARGE_NBYTES])
-def test_only_large_tensors_start_on_pages(nbytes: int) -> None:
+def test_only_large_tensors_start_as_arrays_do(nbytes: int) -> None:
     layout = plan_layout([5, nbytes], [0, 0], [0, 0], 1)
-    assert layout.offset.tolist() == ([0, 5] if nbytes < LARGE_NBYTES else [nbytes, 0])
+    assert layout.offset.tolist() == ([0, 5] if nbytes < LARGE_NBYTES else [PHASE + nbytes, PHASE])
 
 
 def test_nothing_at_all() -> None:

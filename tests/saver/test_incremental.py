@@ -14,6 +14,7 @@ import pytest
 
 import gpusaver
 from gpusaver.bundle.crc import crc32c
+from gpusaver.bundle.layout import PHASE
 from gpusaver.errors import DataLossError, UnimplementedError
 from gpusaver.pipeline import incremental
 from gpusaver.storage.routing import RoutedStorage
@@ -72,7 +73,7 @@ def test_frozen_variables_are_written_once(tmp_path: Path, mode: Any, capture: A
             train(variables)
             states.append(now(variables))
             reports.append(save(saver, tmp_path / "k", step, capture))
-    assert [report.linked_nbytes for report in reports] == [0, *[300_000 * 8 + 4] * 3]
+    assert [report.linked_nbytes for report in reports] == [0, *[PHASE + 300_000 * 8 + 4] * 3]
     assert [report.nbytes for report in reports] == [300_000 * 8 + 4 + 4000] * 4
     assert inode_of(f"{tmp_path}/k-2") == inode_of(f"{tmp_path}/k-3")
     for step in (2, 3):  # retention has taken away what wrote the bytes
@@ -235,7 +236,7 @@ def test_strict_finds_a_damaged_file_and_the_next_save_writes(tmp_path: Path) ->
         path = f"{tmp_path}/k-1.data-00001-of-00002"
         times = os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns
         with open(path, "r+b") as file:
-            file.write(b"\xff")
+            file.write(bytes(PHASE) + b"\xff")
         os.utime(path, ns=times)
         with pytest.raises(DataLossError, match="differs when it is read again"):
             saver.save(tmp_path / "k", 2)
@@ -296,7 +297,7 @@ def test_declared_ones_are_looked_at_in_places(tmp_path: Path) -> None:
             saver.save(tmp_path / "k", 1)
             variable.value[place] ^= 1
             report = save(saver, tmp_path / "k", 2)
-            assert report.linked_nbytes == (0 if is_seen else 5 * MIB)
+            assert report.linked_nbytes == (0 if is_seen else PHASE + 5 * MIB)
     blocks = list(incremental._blocks(5, 3 * MIB))
     assert blocks == [(5, 65531), (MIB, 65536), (2 * MIB, 65536), (3 * MIB, 5)]
 
@@ -343,7 +344,7 @@ def test_progress_counts_what_is_linked(tmp_path: Path) -> None:
             pending = saver.start(f"{tmp_path}/k-{step}", request)
             assert pending is not None
             pending.result()
-            total = 300_000 * 8 + 4 + 4000
+            total = PHASE + 300_000 * 8 + 4 + 4000
             assert seen[-1] == (total, total)
             seen.clear()
 
