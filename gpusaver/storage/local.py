@@ -19,7 +19,7 @@ import numpy as np
 from gpusaver.errors import Error, OutOfRangeError, from_os_error
 from gpusaver.storage import locks
 from gpusaver.storage.base import LOCK_SECONDS, new_token
-from gpusaver.storage.mapped import HUGE_NBYTES, can_map, write_mapped
+from gpusaver.storage.mapped import HUGE_NBYTES, HugePages, can_map
 from gpusaver.tensor import Buffer
 
 #: What O_DIRECT wants of offset, length and address on every device in use (512 would do on some).
@@ -106,7 +106,7 @@ class LocalWritableFile:
         self._path = path
         self._fd = fd
         self._nbytes = nbytes
-        self._is_mapped = is_in_memory and can_map()
+        self._huge_pages = HugePages(fd) if is_in_memory and can_map() else None
         self._is_padded = False
         self._aborted = False
         self._turn = threading.Lock()
@@ -116,7 +116,7 @@ class LocalWritableFile:
         # things at once.
         nbytes = sum(map(_NBYTES, buffers))
         is_coarse = nbytes >= len(buffers) * _COARSE_NBYTES
-        if is_coarse and self._is_mapped and self._write_mapped(offset, nbytes, buffers):
+        if is_coarse and self._write_mapped(offset, nbytes, buffers):
             return
         # The page cache lets one thread write to a file at a time; others that wait in the kernel keep cores busy.
         turn = self._turn if is_coarse and self.alignment == 1 else contextlib.nullcontext()
@@ -134,10 +134,13 @@ class LocalWritableFile:
             self._is_padded = True
 
     def _write_mapped(self, offset: int, nbytes: int, buffers: Sequence[Buffer]) -> bool:
-        if nbytes < HUGE_NBYTES or offset % HUGE_NBYTES:
+        huge_pages = self._huge_pages  # another thread may give them up
+        if huge_pages is None or nbytes < HUGE_NBYTES or offset % HUGE_NBYTES:
             return False
-        self._is_mapped = write_mapped(self._fd, offset, nbytes, list(filter(_NBYTES, buffers)))
-        return self._is_mapped
+        is_written = huge_pages.write(offset, nbytes, list(filter(_NBYTES, buffers)))
+        if not is_written:
+            self._huge_pages = None
+        return is_written
 
     def sync(self) -> None:
         if self._fd < 0:  # closed, or a link

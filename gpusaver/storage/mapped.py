@@ -20,8 +20,11 @@ from gpusaver.tensor import Buffer
 
 HUGE_NBYTES = 2 << 20
 _PAGE_NBYTES = 4096
-#: For a write's huge pages: four take 1 ms, or 16 where a virtual machine has handed them back to its host.
-SLOW_SECONDS = 10e-3
+#: For a huge page, which takes 0.25 ms, or 4 where a virtual machine has handed it back to its host.  Its bytes take
+#: 0.9 ms by pwritev, which one thread does at a time.
+PAGE_SECONDS = 1.2e-3
+#: Beyond that, for those of one file: where some are slow not all are.
+SPARE_SECONDS = 0.1
 
 #: Linux's numbers, of which Python has only some.
 _MAP_FIXED = 0x10
@@ -32,42 +35,53 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def can_map() -> bool:
-    """Whether :func:`write_mapped` works here."""
+    """Whether :class:`HugePages` works here."""
     return sys.platform == "linux" and sys.maxsize >= 1 << 32 and mmap.PAGESIZE == _PAGE_NBYTES
 
 
-def write_mapped(fd: int, offset: int, nbytes: int, buffers: Sequence[Buffer]) -> bool:
-    """Whether ``buffers``, of ``nbytes`` in all, are there now; if not, it had better be :func:`os.pwritev`, which also
-    says what is wrong if something is.
+class HugePages:
+    """Of one file; its threads may use it at once."""
 
-    Requires: ``offset`` is a multiple of HUGE_NBYTES; no buffer is empty; nobody cuts the file short meanwhile.
-    """
-    map_, unmap, advise = _calls()
-    # The address must be a multiple of 2 MiB too: there is room for the next one.
-    room = nbytes + HUGE_NBYTES
-    reserved = map_(None, room, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
-    if reserved == _FAILED:
-        return False
-    try:
-        start = -(-reserved // HUGE_NBYTES) * HUGE_NBYTES
-        if map_(start, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) == _FAILED:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._spare = SPARE_SECONDS
+
+    def write(self, offset: int, nbytes: int, buffers: Sequence[Buffer]) -> bool:
+        """Whether ``buffers``, of ``nbytes`` in all, are there now; if not, it and those to come had better be
+        :func:`os.pwritev`, which also says what is wrong if something is.
+
+        Requires: ``offset`` is a multiple of HUGE_NBYTES; no buffer is empty; nobody cuts the file short meanwhile.
+        """
+        map_, unmap, advise = _calls()
+        # The address must be a multiple of 2 MiB too: there is room for the next one.
+        room = nbytes + HUGE_NBYTES
+        reserved = map_(None, room, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+        if reserved == _FAILED:
             return False
-        end = start + nbytes
-        deadline = time.perf_counter() + SLOW_SECONDS
-        for address in range(start, end, HUGE_NBYTES):
-            advise(address, _PAGE_NBYTES, _MADV_POPULATE_WRITE)  # a hole alone does not collapse
-            if advise(address, min(HUGE_NBYTES, end - address), _MADV_COLLAPSE):
+        try:
+            start = -(-reserved // HUGE_NBYTES) * HUGE_NBYTES
+            access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+            if map_(start, nbytes, access, kind, self._fd, offset) == _FAILED:
                 return False
-            if time.perf_counter() > deadline:
+            end = start + nbytes
+            begun_at = time.perf_counter()
+            for address in range(start, end, HUGE_NBYTES):
+                advise(address, _PAGE_NBYTES, _MADV_POPULATE_WRITE)  # a hole alone does not collapse
+                if advise(address, min(HUGE_NBYTES, end - address), _MADV_COLLAPSE):
+                    return False
+                before, begun_at = begun_at, time.perf_counter()
+                # Threads that change it at once make it wrong by a page.
+                self._spare = min(self._spare + PAGE_SECONDS - (begun_at - before), SPARE_SECONDS)
+                if self._spare < 0:
+                    return False
+            # Once all pages are there no access fails, which would end the process (SIGBUS).
+            if advise(start, nbytes, _MADV_POPULATE_WRITE):
                 return False
-        # Once all pages are there no access fails, which would end the process (SIGBUS).
-        if advise(start, nbytes, _MADV_POPULATE_WRITE):
-            return False
-        target = np.frombuffer(memoryview((ctypes.c_char * nbytes).from_address(start)), np.uint8)
-        np.concatenate([np.frombuffer(buffer, np.uint8) for buffer in buffers], out=target)
-        return True
-    finally:
-        unmap(reserved, room)
+            target = np.frombuffer(memoryview((ctypes.c_char * nbytes).from_address(start)), np.uint8)
+            np.concatenate([np.frombuffer(buffer, np.uint8) for buffer in buffers], out=target)
+            return True
+        finally:
+            unmap(reserved, room)
 
 
 @functools.cache
