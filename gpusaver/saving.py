@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -21,7 +20,7 @@ from gpusaver.pipeline.commit import BundleCommit, FileVersion, ShardFiles
 from gpusaver.pipeline.incremental import Contents, Hashing, Incremental, WrittenFile, tensors_of
 from gpusaver.pipeline.plan import Item, Plan, Save
 from gpusaver.pipeline.preflight import Preflight
-from gpusaver.pipeline.save import Source, bulk_sources, checksums_now, write_chunks
+from gpusaver.pipeline.save import Sources, checksums_now, write_chunks
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.watched import Meter
 from gpusaver.pipeline.workers import Slots
@@ -121,22 +120,23 @@ class Saving:
         return save, mode, reason
 
     def _snapshot(self, save: Save, parts: Sequence[_Part]) -> Save:
-        sources: list[Source] = list(save.sources)
+        arrays = list(save.sources.arrays)
         copied: list[Event] = []
         for part in parts:
             runtime = part.runtime
             copies, self._snapshots[runtime.name], event = runtime.snapshot(
                 part.arrays, part.places, self._snapshots.get(runtime.name)
             )
-            of_runtime = bulk_sources(itertools.repeat(runtime), copies)
             if len(parts) == 1:
-                sources = list(of_runtime)
+                arrays = copies
             else:
-                for number, source in zip(part.numbers, of_runtime, strict=True):
-                    sources[number] = source
+                for number, copy in zip(part.numbers, copies, strict=True):
+                    arrays[number] = copy
             if event is not None:
                 copied.append(event)
-        return Save(save.plan, sources, save.string_checksums, is_snapshot=True, copied=copied)
+        return Save(
+            save.plan, Sources(save.sources.runtimes, arrays), save.string_checksums, is_snapshot=True, copied=copied
+        )
 
     def begin(
         self, save: Save, prefix: str, mode: str, reason: str, timeline: Timeline, *, is_awaited: bool
@@ -367,6 +367,6 @@ class _Part:
         own = np.flatnonzero(layout.owner == save.runtimes.index(runtime))
         self.runtime = runtime
         self.numbers: list[int] = own.tolist()
-        self.arrays = [save.sources[number].array for number in self.numbers]
+        self.arrays = [save.sources.arrays[number] for number in self.numbers]
         self.places = save.plan.places[own]
         self.nbytes = int((self.places + layout.nbytes[own]).max())

@@ -287,11 +287,12 @@ def flatten(var_list: Any) -> list[Leaf]:
         raise TypeError(
             f"Variables to save should be passed in a dict or a list, found {type(var_list).__name__}: {var_list!r:.80}"
         )
-    if all(map(str.isascii, map(_NAME, leaves))):  # then text sorts as its bytes do
+    names = list(map(_NAME, leaves))
+    if all(map(str.isascii, names)):  # then text sorts as its bytes do
         leaves.sort(key=_NAME)
     else:
         leaves.sort(key=_by_name)
-    if len(set(map(_NAME, leaves))) == len(leaves):
+    if len(set(names)) == len(leaves):
         return leaves
     for first, second in itertools.pairwise(leaves):
         if first.name == second.name:

@@ -20,17 +20,16 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gpusaver.bundle.layout import Layout
-from gpusaver.device import HOST, Transfer
+from gpusaver.device import HOST, Runtime, Transfer
 from gpusaver.errors import CancelledError, UnimplementedError
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import FileVersion
 from gpusaver.pipeline.plan import Plan, Save
-from gpusaver.pipeline.save import Source
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import LazySlot, Slots
 from gpusaver.storage.base import Storage
@@ -151,7 +150,7 @@ class Hashing:
         self._threads: list[threading.Thread] = []
         tensors = tensors_of(save.plan.layout, shards)
         # Only one thread at a time may queue copies from a device.
-        is_beside = all(source.runtime is HOST for source in save.sources)
+        is_beside = all(runtime is HOST for runtime in save.runtimes)
         parts = [tensors[number::_THREADS] for number in range(_THREADS)] if is_beside else [tensors]
         for number, part in enumerate(parts):
             if not (is_beside and self._start(number, part)):
@@ -217,7 +216,9 @@ class Hashing:
                     for tensor, start, _, nbytes in pieces:
                         is_sampled = tensor in self._trusted and layout.nbytes[tensor] > _BLOCKS * _BLOCK_NBYTES
                         for first, size in _blocks(start, nbytes) if is_sampled else [(start, nbytes)]:
-                            hashes[tensor].update(_octets(sources[tensor], first, size, slot))
+                            hashes[tensor].update(
+                                _octets(sources.runtimes[tensor], sources.arrays[tensor], first, size, slot)
+                            )
         finally:
             slot.close()
         self._digests.update((tensor, found.digest()) for tensor, found in hashes.items())
@@ -232,9 +233,8 @@ def _blocks(start: int, nbytes: int) -> Iterator[tuple[int, int]]:
             yield first, end - first
 
 
-def _octets(source: Source, start: int, nbytes: int, slot: LazySlot) -> memoryview:
+def _octets(runtime: Runtime, array: Any, start: int, nbytes: int, slot: LazySlot) -> memoryview:
     """A part of a tensor: where it is, or copied into the slot."""
-    runtime, array = source
     view = HOST.view(array, start, nbytes) if runtime is HOST else None
     if view is not None:
         return np.frombuffer(view, np.uint8).data

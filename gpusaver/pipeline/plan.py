@@ -20,7 +20,7 @@ from gpusaver.bundle.strings import encode_strings
 from gpusaver.device import HOST, Event, Runtime, admit, runtimes_of
 from gpusaver.device.host import address
 from gpusaver.errors import InternalError, InvalidArgumentError
-from gpusaver.pipeline.save import Source, bulk_sources
+from gpusaver.pipeline.save import Sources
 from gpusaver.tensor import TensorSlice, TensorSpec
 from gpusaver.variables import Leaf
 
@@ -121,7 +121,7 @@ class Save:
     """
 
     plan: Plan
-    sources: list[Source]
+    sources: Sources
     string_checksums: dict[int, int]
     is_snapshot: bool = False
     copied: Sequence[Event] = ()
@@ -144,7 +144,7 @@ def plan_save(
         cached = None
     if cached is not None and (unchanged := _unchanged(leaves, cached)) is not None:
         return unchanged
-    sources: list[Source] = []
+    sources = Sources()
     strings: dict[int, int] = {}
     numbers: dict[Any, int] = {}
     rows: list[_Row] = []
@@ -163,7 +163,7 @@ def plan_save(
                 and numbers.setdefault(_identity(row.runtime, value, own_memory), number) == number
             ):
                 rows.append(row)
-                sources.append(Source(row.runtime, value))
+                sources.add(row.runtime, value)
                 continue
         rows.append(_admit(leaf, own_memory, sources, strings, numbers))
     if cached is None or cached.rows != rows:
@@ -188,30 +188,34 @@ def _unchanged(leaves: Sequence[Leaf], cached: Plan) -> Save | None:
         or keys.count(None) != sum(keys[number] is None for number in columns.others)  # a Variable took one's place
     ):
         return None
-    sources: list[Source] = []
+    sources = Sources()
     strings: dict[int, int] = {}
     numbers: dict[Any, int] = {}
     runtimes = iter(columns.runtimes)
     for number in columns.others:
         plain = values[len(sources) : number]
-        sources += bulk_sources(itertools.islice(runtimes, len(plain)), plain)
+        sources.runtimes.extend(itertools.islice(runtimes, len(plain)))
+        sources.arrays.extend(plain)
         if not leaves[number].has_own_memory or id(leaves[number].value) in identities:
             return None
         row = _admit(leaves[number], True, sources, strings, numbers)
         if row != cached.rows[number] or len(sources) != number + 1:
             return None
-    sources += bulk_sources(runtimes, values[len(sources) :])
+    sources.runtimes.extend(runtimes)
+    sources.arrays.extend(values[len(sources) :])
     return Save(cached, sources, strings)
 
 
 def _are_apart(arrays: Sequence[Any], runtimes: Sequence[Runtime]) -> bool:
     """Whether no two are the same bytes; of NumPy arrays that share memory that is not known."""
-    is_on_host = [runtime is HOST for runtime in runtimes]
-    pointers = [array.data.ptr for array in itertools.compress(arrays, map(operator.not_, is_on_host))]
-    count = len(pointers) - pointers.count(0)  # of empty arrays
-    if len(set(pointers) - {0}) < count:
-        return False
-    return all(map(operator.is_, map(_BASE, itertools.compress(arrays, is_on_host)), itertools.repeat(None)))
+    if runtimes.count(HOST) < len(runtimes):
+        is_on_host = [runtime is HOST for runtime in runtimes]
+        pointers = [array.data.ptr for array in itertools.compress(arrays, map(operator.not_, is_on_host))]
+        count = len(pointers) - pointers.count(0)  # of empty arrays
+        if len(set(pointers) - {0}) < count:
+            return False
+        arrays = list(itertools.compress(arrays, is_on_host))
+    return all(map(operator.is_, map(_BASE, arrays), itertools.repeat(None)))
 
 
 def _columns(rows: Sequence[_Row]) -> _Columns | None:
@@ -230,9 +234,7 @@ def _columns(rows: Sequence[_Row]) -> _Columns | None:
     )
 
 
-def _admit(
-    leaf: Leaf, own_memory: bool, sources: list[Source], strings: dict[int, int], numbers: dict[Any, int]
-) -> _Row:
+def _admit(leaf: Leaf, own_memory: bool, sources: Sources, strings: dict[int, int], numbers: dict[Any, int]) -> _Row:
     """Adds the leaf to the sources, unless its bytes are there already, and describes it."""
     admitted = admit(leaf.value, leaf.name, leaf.dtype)
     array = admitted.array
@@ -243,7 +245,7 @@ def _admit(
     else:
         number = numbers.setdefault(_identity(admitted.runtime, array, own_memory), len(sources))
     if number == len(sources):
-        sources.append(Source(admitted.runtime, array))
+        sources.add(admitted.runtime, array)
     part = leaf.part
     if part is not None and admitted.spec.shape != part.slice.shape(part.full_shape):
         raise InvalidArgumentError(
@@ -277,9 +279,9 @@ def _identity(runtime: Runtime, array: Any, own_memory: bool) -> Any:
 
 
 def _make_plan(
-    leaves: Sequence[Leaf], rows: list[_Row], sources: Sequence[Source], sharded: bool, frozen: frozenset[str]
+    leaves: Sequence[Leaf], rows: list[_Row], sources: Sources, sharded: bool, frozen: frozenset[str]
 ) -> Plan:
-    runtimes = sorted({source.runtime.name: source.runtime for source in sources}.values(), key=_devices_first)
+    runtimes = sorted(set(sources.runtimes), key=_devices_first)
     owner_numbers = {runtime.name: number for number, runtime in enumerate(runtimes)}
     frozen_tensors = {row.tensor for row in rows if row.name in frozen}
     # By tensor; one that has two names lies where the last one says.
@@ -300,7 +302,7 @@ def _make_plan(
     _check_keys(items, partitioned)
     layout = plan_layout(
         nbytes,
-        [owner_numbers[source.runtime.name] for source in sources],
+        [owner_numbers[runtime.name] for runtime in sources.runtimes],
         shards,
         max(1, len(shard_numbers)),
     )

@@ -7,7 +7,8 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -33,25 +34,29 @@ from gpusaver.storage.base import WritableFile
 from gpusaver.tensor import Buffer
 
 _ZEROS = memoryview(bytes(64 * 1024))
+#: Where the host copies for writers that wait for the disk.
+_LEAST_CHUNKS = 20
+_LEAST_CHUNK_NBYTES = 2 * 1024 * 1024
 
 
-class Source(NamedTuple):
-    """A tensor to be written: an array, and the runtime that reads it."""
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Tensors to be written, by their numbers: each an array, and the runtime that reads it."""
 
-    runtime: Runtime
-    array: Any
+    runtimes: list[Runtime] = field(default_factory=list)
+    arrays: list[Any] = field(default_factory=list)
 
+    def __len__(self) -> int:
+        return len(self.arrays)
 
-_source = functools.partial(tuple.__new__, Source)  # a third of the time of Source(...)
-
-
-def bulk_sources(runtimes: Iterable[Runtime], arrays: Iterable[Any]) -> Iterator[Source]:
-    return map(_source, zip(runtimes, arrays, strict=False))
+    def add(self, runtime: Runtime, array: Any) -> None:
+        self.runtimes.append(runtime)
+        self.arrays.append(array)
 
 
 def write_chunks(
     layout: Layout,
-    sources: Sequence[Source],
+    sources: Sources,
     files: Sequence[WritableFile],
     slots: Slots,
     threads: int,
@@ -73,11 +78,12 @@ def write_chunks(
     on_host: list[Chunk] = []
     staged: list[tuple[Runtime, Iterator[Chunk]]] = []
     for owner, first in zip(*(column.tolist() for column in np.unique(layout.owner, return_index=True)), strict=True):
-        runtime = sources[first].runtime
-        chunks = layout.chunks(CHUNK_NBYTES, owner)
+        runtime = sources.runtimes[first]
+        is_copied = runtime is HOST and any(file.alignment > 1 for file in files)
+        chunks = layout.chunks(_short_chunk(layout) if is_copied else CHUNK_NBYTES, owner)
         if shards is not None:
             chunks = filter(lambda chunk: chunk.shard in shards, chunks)
-        if runtime is HOST and all(file.alignment == 1 for file in files):
+        if runtime is HOST and not is_copied:
             on_host = _side_by_side(chunks)
         else:
             staged.append((runtime, chunks))
@@ -96,7 +102,7 @@ def write_chunks(
 
 
 def _start_checks(
-    layout: Layout, sources: Sequence[Source], shards: Collection[int] | None, stack: contextlib.ExitStack
+    layout: Layout, sources: Sources, shards: Collection[int] | None, stack: contextlib.ExitStack
 ) -> list[tuple[list[int], Checking]]:
     """Numbers of tensors, and what computes their checksums, for each device that can."""
     is_wanted = layout.nbytes > 0
@@ -105,7 +111,7 @@ def _start_checks(
     checks: list[tuple[list[int], Checking]] = []
     for owner in np.unique(layout.owner[is_wanted]):
         numbers: list[int] = np.flatnonzero(is_wanted & (layout.owner == owner)).tolist()
-        checking = sources[numbers[0]].runtime.checking([sources[number].array for number in numbers], combine)
+        checking = sources.runtimes[numbers[0]].checking([sources.arrays[number] for number in numbers], combine)
         if checking is not None:
             stack.enter_context(contextlib.closing(checking))
             checking.start()
@@ -116,7 +122,7 @@ def _start_checks(
 def _write_staged(
     writer: _Writer,
     layout: Layout,
-    sources: Sequence[Source],
+    sources: Sources,
     staged: Sequence[tuple[Runtime, Iterator[Chunk]]],
     on_host: Sequence[Chunk],
     files: Sequence[WritableFile],
@@ -159,7 +165,7 @@ class _Writer:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sources,
         files: Sequence[WritableFile],
         checksums: Checksums,
         unread: _Countdown,
@@ -167,7 +173,7 @@ class _Writer:
         timeline: Timeline,
     ) -> None:
         self.checksums = checksums
-        self._sources = sources
+        self._arrays = sources.arrays
         self._files = files
         self.unread = unread
         #: Numbers of the owners whose checksums are computed elsewhere.
@@ -178,10 +184,10 @@ class _Writer:
     def write_from_host(self, chunk: Chunk, slot: LazySlot) -> None:
         """From the arrays themselves; what does not lie there as it is stored goes through the worker's slot."""
         views: list[Buffer | None] = [
-            HOST.view(self._sources[tensor].array, start, nbytes) for tensor, start, _, nbytes in chunk.pieces
+            HOST.view(self._arrays[tensor], start, nbytes) for tensor, start, _, nbytes in chunk.pieces
         ]
         with self.timeline.span("checksum", chunk.nbytes):
-            buffers = _stage_rest(chunk, self._sources, views, slot, self.checksums)
+            buffers = _stage_rest(chunk, self._arrays, views, slot, self.checksums)
         is_copied = all(view is None for view in views)
         if is_copied:
             self.unread.one_less()
@@ -204,7 +210,7 @@ class _Writer:
                 self._fill_run(chunk, run, padded)
                 continue
             piece = chunk.piece(run.start)
-            array = self._sources[piece.tensor].array
+            array = self._arrays[piece.tensor]
             found = find_in_place(piece, array, file.alignment)
             if found is not None:
                 in_place.append(found)
@@ -224,7 +230,7 @@ class _Writer:
         start = chunk.starts[run.start]
         octets = slot[start - chunk.offset : ends[-1] - chunk.offset]
         with self.timeline.span("copy", octets.nbytes):
-            HOST.gather([self._sources[tensor].array for tensor in tensors], octets)
+            HOST.gather([self._arrays[tensor] for tensor in tensors], octets)
         with self.timeline.span("checksum", octets.nbytes):
             self.checksums.add_whole(tensors, octets, [end - start for end in ends])
 
@@ -252,21 +258,27 @@ class _Writer:
             self.checksums.add_chunk(chunk, slot)
 
 
-def checksums_now(layout: Layout, sources: Sequence[Source], slots: Slots) -> dict[int, int]:
+def checksums_now(layout: Layout, sources: Sources, slots: Slots) -> dict[int, int]:
     """Of every tensor that has bytes, as it is once the work that the caller has queued is done.  Slow: one thread."""
     checksums = Checksums(layout.nbytes.tolist())
     slot = slots.borrow()
     try:
-        for runtime in {source.runtime.name: source.runtime for source in sources}.values():
+        for runtime in set(sources.runtimes):
             runtime.order_after_caller()
         for chunk in layout.chunks(CHUNK_NBYTES):
-            event = sources[chunk.pieces[0].tensor].runtime.to_slot(_transfers(chunk, sources), slot)
+            event = sources.runtimes[chunk.tensors[0]].to_slot(_transfers(chunk, sources), slot)
             if event is not None:
                 event.synchronize()
             checksums.add_chunk(chunk, slot)
     finally:
         slots.give_back(slot)
     return checksums.finished()
+
+
+def _short_chunk(layout: Layout) -> int:
+    """Of a small save: the disk waits for the first to be filled, and at the end for one of the writers."""
+    share = sum(layout.shard_nbytes) // _LEAST_CHUNKS // _LEAST_CHUNK_NBYTES * _LEAST_CHUNK_NBYTES
+    return min(CHUNK_NBYTES, max(_LEAST_CHUNK_NBYTES, share))
 
 
 def _padded(chunk: Chunk, file: WritableFile) -> int:
@@ -303,19 +315,19 @@ class _Countdown:
             self._at_zero()
 
 
-def _transfers(chunk: Chunk, sources: Sequence[Source]) -> Transfers:
-    return transfers(chunk, [sources[tensor].array for tensor in chunk.tensors])
+def _transfers(chunk: Chunk, sources: Sources) -> Transfers:
+    return transfers(chunk, [sources.arrays[tensor] for tensor in chunk.tensors])
 
 
 def _stage_rest(
-    chunk: Chunk, sources: Sequence[Source], views: list[Buffer | None], slot: LazySlot, checksums: Checksums
+    chunk: Chunk, arrays: Sequence[Any], views: list[Buffer | None], slot: LazySlot, checksums: Checksums
 ) -> list[Buffer]:
     """Buffers for a vectored write: pieces from their arrays, where they have no view copied into the slot."""
     staged: memoryview | None = None
     for piece, view in zip(chunk.pieces, views, strict=True):
         if view is None:
             staged = staged if staged is not None else slot.get()
-            HOST.to_slot([Transfer(sources[piece.tensor].array, piece.start, piece.offset, piece.nbytes)], staged)
+            HOST.to_slot([Transfer(arrays[piece.tensor], piece.start, piece.offset, piece.nbytes)], staged)
             view = staged[piece.offset : piece.offset + piece.nbytes]
         checksums.add(piece, view)
     return vectored_buffers(chunk, views, staged, _ZEROS)
