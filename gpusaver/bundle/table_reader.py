@@ -24,7 +24,8 @@ _KEY_ALLOWANCE = 1 << 20
 
 _MAX_UNCOMPRESSED_BLOCK = 64 << 20
 
-#: A lookup that searches a block costs as much as decoding 50 entries; a block holds thousands.
+#: A lookup that searches a block costs less than decoding four runs, and some more with them; a block holds hundreds.
+_RUNS_PER_LOOKUP = 4
 _LOOKUPS_BEFORE_DICT = 64
 
 
@@ -199,7 +200,7 @@ class _Block:
 
     def get(self, key: bytes) -> bytes | None:
         self._lookups += 1
-        if self._all is None and self._lookups > _LOOKUPS_BEFORE_DICT:
+        if self._all is None and self._lookups > max(_LOOKUPS_BEFORE_DICT, len(self._bounds) // _RUNS_PER_LOOKUP):
             self._all = dict(self.entries())
         if self._all is not None:
             return self._all.get(key)
@@ -212,6 +213,11 @@ class _Block:
         return None
 
     def _first_key(self, run: int) -> bytes:
+        start, end = self._bounds[run], self._bounds[run + 1]
+        shared, unshared, value_nbytes = self.data[start : start + 3].ljust(3, b"\xff")
+        is_usual = not shared and (unshared | value_nbytes) < 128 and start + 3 + unshared + value_nbytes <= end
+        if is_usual:  # a third of the time
+            return self.data[start + 3 : start + 3 + unshared]
         keys, *_ = self.columns(run, until=b"")
         return keys[0] if keys else b""
 
