@@ -70,19 +70,25 @@ class MetaContent:
 class Description(MetaContent):
     """What the variables of one checkpoint are: in the order of their names, the parts of one side by side.
 
-    Who keeps one saves time: the content of `.meta` files is made once, by the first :meth:`content`.
+    The content of `.meta` files is made by the first :meth:`content`, and by the second, which keeps it: most file
+    systems let later files be other names of the first, and never ask again.
     """
 
     def __init__(self, variables: Sequence[Described], options: SaverOptions) -> None:
         self._variables = variables
         self._options = options
         self._content: bytearray | None = None
+        self._was_asked = False
 
     def content(self) -> bytearray:
         """The bytes of a `.meta` file.  Without devices: one that is missing would keep TensorFlow from restoring."""
-        if self._content is None:
-            self._content = self._serialized(None, None, clear_devices=True)
-        return self._content
+        if self._content is not None:
+            return self._content
+        content = self._serialized(None, None, clear_devices=True)
+        if self._was_asked:
+            self._content = content
+        self._was_asked = True
+        return content
 
     def meta_graph(
         self,

@@ -13,7 +13,7 @@ Keys are bytes here; ``str`` is a matter of the layers above.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -186,10 +186,14 @@ class IndexTemplate:
     A checksum is the last field of an entry, four bytes at a place that is known, unless it is 0 and left out.
     """
 
-    def __init__(self, num_shards: int, entries: Sequence[tuple[bytes, Entry]]) -> None:
-        """As :func:`encode_index`; the checksums given do not matter.  Entries with slices have none."""
+    def __init__(self, num_shards: int, make_entries: Callable[[], Sequence[tuple[bytes, Entry]]]) -> None:
+        """As :func:`encode_index`; the checksums given do not matter.  Entries with slices have none.
+
+        ``make_entries`` is called again where a template does not do: kept, they would take more than the index.
+        """
         self._num_shards = num_shards
-        self._entries = entries
+        self._make_entries = make_entries
+        entries = make_entries()
         writer = _writer(num_shards)
         ends = [
             writer.add(key, encode_entry(entry if entry.slices else entry._replace(crc=1))) for key, entry in entries
@@ -203,7 +207,7 @@ class IndexTemplate:
     def fill(self, masked: npt.NDArray[np.uint32]) -> bytes:
         """The index with these checksums, masked, one for each entry."""
         if not masked[self._has_crc].all():
-            pairs = zip(self._entries, masked.tolist(), strict=True)
+            pairs = zip(self._make_entries(), masked.tolist(), strict=True)
             return encode_index(
                 self._num_shards,
                 [(key, entry if entry.slices else entry._replace(crc=crc)) for (key, entry), crc in pairs],

@@ -74,7 +74,7 @@ def admit(value: Any, name: str, dtype: DataType | None = None) -> Admitted:
     if array.dtype.byteorder == ">":  # kernels and copies take the bytes as they are
         raise TypeError(f"{name}: a big-endian array on a device cannot be stored; convert it to little-endian")
     runtime = cuda_module().cuda_runtime(array.device.id)
-    return Admitted(runtime, array, TensorSpec(found, tuple(array.shape)), None, rebuild)
+    return Admitted(runtime, array, _spec(found, tuple(array.shape)), None, rebuild)
 
 
 def array_types() -> frozenset[type]:
@@ -108,7 +108,11 @@ def _from_numpy(array: np.ndarray[Any, Any], name: str, dtype: DataType | None) 
     if dtype is not None:
         _check_dtype(found, array.dtype, name)
     rebuild = None if array.flags.writeable else np.asarray
-    return Admitted(HOST, array, TensorSpec(found, array.shape), None, rebuild)
+    return Admitted(HOST, array, _spec(found, array.shape), None, rebuild)
+
+
+#: Plans keep one for each variable, and many variables are alike.
+_spec = functools.lru_cache(maxsize=4096)(TensorSpec)
 
 
 @functools.lru_cache(maxsize=256)

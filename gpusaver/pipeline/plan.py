@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -103,13 +104,21 @@ class Plan:
 
     def _template(self, num_shards: int) -> tuple[IndexTemplate, npt.NDArray[np.int64]]:
         """The index without checksums, and for each entry the number of its tensor (-1: partitioned, has none)."""
-        shard, offset, nbytes = (c.tolist() for c in (self.layout.shard, self.layout.offset, self.layout.nbytes))
-        entries = [(key, Entry(spec, shard[t], offset[t], nbytes[t], 0), t) for key, spec, t in self.items]
-        if self.partitioned:
-            entries += [(key, entry, -1) for key, entry in self.partitioned]
-            entries.sort(key=lambda row: row[0])
-        tensors = np.fromiter((t for _, _, t in entries), np.int64, len(entries))
-        return IndexTemplate(num_shards, [(key, entry) for key, entry, _ in entries]), tensors
+        make = functools.partial(_entries, self.items, self.partitioned, self.layout)
+        tensors = np.fromiter((tensor for _, _, tensor in make()), np.int64, len(self.items) + len(self.partitioned))
+        return IndexTemplate(num_shards, lambda: [(key, entry) for key, entry, _ in make()]), tensors
+
+
+def _entries(
+    items: Sequence[Item], partitioned: Sequence[tuple[bytes, Entry]], layout: Layout
+) -> list[tuple[bytes, Entry, int]]:
+    """By key, each with the number of its tensor."""
+    shard, offset, nbytes = (column.tolist() for column in (layout.shard, layout.offset, layout.nbytes))
+    entries = [(key, Entry(spec, shard[t], offset[t], nbytes[t], 0), t) for key, spec, t in items]
+    if partitioned:
+        entries += [(key, entry, -1) for key, entry in partitioned]
+        entries.sort(key=lambda row: row[0])
+    return entries
 
 
 @dataclass(frozen=True, slots=True)

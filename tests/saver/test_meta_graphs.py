@@ -12,10 +12,12 @@ import pytest
 from failing_storage import FailingStorage
 
 import gpusaver
+from gpusaver import exporting
 from gpusaver.errors import DataLossError, Error, InvalidArgumentError
 from gpusaver.metagraph.collections import collection_items
 from gpusaver.metagraph.reading import read_meta_graph, saved_variables
 from gpusaver.protos import MetaGraphDef, SaverDef
+from gpusaver.storage.local import LocalStorage
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -405,3 +407,27 @@ def test_what_is_no_meta_graph(tmp_path: Path) -> None:
 def test_a_program_without_variables_is_told_of_import_meta_graph() -> None:
     with pytest.raises(ValueError, match=r"No variables to save.*import_meta_graph\(prefix \+ '\.meta'\)"):
         gpusaver.Saver()
+
+
+def test_what_a_meta_file_says_is_kept_only_where_it_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without links each save writes it anew; making it takes longer than the rest of a save."""
+    made = []
+    serialized = exporting.variables_meta_graph
+
+    def counted(*arguments: Any, **options: Any) -> bytearray:
+        made.append(serialized(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(exporting, "variables_meta_graph", counted)
+    with gpusaver.Saver({"w": np.zeros(3)}) as saver:
+        for step in range(3):
+            saver.save(tmp_path / "linked", step)
+        assert len(made) == 1
+        monkeypatch.setattr(LocalStorage, "link", lambda *_, **__: None)
+        for step in range(3, 7):
+            saver.save(tmp_path / "alone", step)
+        assert len(made) == 2
+    assert {path.read_bytes() for path in tmp_path.glob("*.meta")} == {bytes(made[0])}
+    assert made[0] == made[1]
