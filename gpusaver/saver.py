@@ -217,6 +217,10 @@ class Saver:
         :func:`gpusaver.import_meta_graph` make the variables anew; ``meta_graph_suffix``: another ending of that file,
         and of those that retention removes along.  ``write_state=False``: neither state file nor retention.
 
+        No thread may change host arrays meanwhile: they are written from where they are, and bytes that change between
+        their checksum and their way to the disk are damage to whoever restores them.  Where threads go on training,
+        ``save_async(capture="snapshot").result()`` copies first.
+
         Raises TypeError for a wrong kind of argument, ValueError for a directory whose parent does not exist,
         ResourceExhaustedError for a full disk (found before anything is copied), and the error of an earlier
         background save that nobody has seen.  After an error older checkpoints and the state file are as they were.
