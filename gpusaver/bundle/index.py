@@ -186,14 +186,9 @@ class IndexTemplate:
     A checksum is the last field of an entry, four bytes at a place that is known, unless it is 0 and left out.
     """
 
-    def __init__(self, num_shards: int, make_entries: Callable[[], Sequence[tuple[bytes, Entry]]]) -> None:
-        """As :func:`encode_index`; the checksums given do not matter.  Entries with slices have none.
-
-        ``make_entries`` is called again where a template does not do: kept, they would take more than the index.
-        """
+    def __init__(self, num_shards: int, entries: Sequence[tuple[bytes, Entry]]) -> None:
+        """As :func:`encode_index`; the checksums given do not matter.  Entries with slices have none."""
         self._num_shards = num_shards
-        self._make_entries = make_entries
-        entries = make_entries()
         writer = _writer(num_shards)
         ends = [
             writer.add(key, encode_entry(entry if entry.slices else entry._replace(crc=1))) for key, entry in entries
@@ -204,10 +199,13 @@ class IndexTemplate:
         self._places = (np.array(ends, np.int64)[has_crc, None] - 4) + np.arange(4)
         self._has_crc = has_crc
 
-    def fill(self, masked: npt.NDArray[np.uint32]) -> bytes:
-        """The index with these checksums, masked, one for each entry."""
+    def fill(self, masked: npt.NDArray[np.uint32], make_entries: Callable[[], Iterable[tuple[bytes, Entry]]]) -> bytes:
+        """The index with these checksums, masked, one for each entry.
+
+        ``make_entries``: the same once more, where the template does not do; kept, they would take more than it does.
+        """
         if not masked[self._has_crc].all():
-            pairs = zip(self._make_entries(), masked.tolist(), strict=True)
+            pairs = zip(make_entries(), masked.tolist(), strict=True)
             return encode_index(
                 self._num_shards,
                 [(key, entry if entry.slices else entry._replace(crc=crc)) for (key, entry), crc in pairs],

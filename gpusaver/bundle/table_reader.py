@@ -24,7 +24,7 @@ _KEY_ALLOWANCE = 1 << 20
 
 _MAX_UNCOMPRESSED_BLOCK = 64 << 20
 
-#: A lookup that searches a block costs less than decoding four runs, and some more with them; a block holds hundreds.
+#: A block is decoded whole once its lookups have cost as much: each finds its run, of hundreds, and decodes that one.
 _RUNS_PER_LOOKUP = 4
 _LOOKUPS_BEFORE_DICT = 64
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -100,25 +99,22 @@ class Plan:
         masked = np.full(len(self.layout.nbytes) + 1, _EMPTY_CRC, np.uint32)
         numbers = np.fromiter(checksums.keys(), np.int64, len(checksums))
         masked[numbers] = mask(np.fromiter(checksums.values(), np.uint32, len(checksums)))
-        return template.fill(masked[tensors])
+        return template.fill(masked[tensors], lambda: ((key, entry) for key, entry, _ in self._keyed()))
 
     def _template(self, num_shards: int) -> tuple[IndexTemplate, npt.NDArray[np.int64]]:
-        """The index without checksums, and for each entry the number of its tensor (-1: partitioned, has none)."""
-        make = functools.partial(_entries, self.items, self.partitioned, self.layout)
-        tensors = np.fromiter((tensor for _, _, tensor in make()), np.int64, len(self.items) + len(self.partitioned))
-        return IndexTemplate(num_shards, lambda: [(key, entry) for key, entry, _ in make()]), tensors
+        """The index without checksums, and for each entry the number of its tensor."""
+        keyed = self._keyed()
+        tensors = np.fromiter((tensor for _, _, tensor in keyed), np.int64, len(keyed))
+        return IndexTemplate(num_shards, [(key, entry) for key, entry, _ in keyed]), tensors
 
-
-def _entries(
-    items: Sequence[Item], partitioned: Sequence[tuple[bytes, Entry]], layout: Layout
-) -> list[tuple[bytes, Entry, int]]:
-    """By key, each with the number of its tensor."""
-    shard, offset, nbytes = (column.tolist() for column in (layout.shard, layout.offset, layout.nbytes))
-    entries = [(key, Entry(spec, shard[t], offset[t], nbytes[t], 0), t) for key, spec, t in items]
-    if partitioned:
-        entries += [(key, entry, -1) for key, entry in partitioned]
-        entries.sort(key=lambda row: row[0])
-    return entries
+    def _keyed(self) -> list[tuple[bytes, Entry, int]]:
+        """Entries without checksums by key, each with the number of its tensor (-1: partitioned, has none)."""
+        shard, offset, nbytes = (c.tolist() for c in (self.layout.shard, self.layout.offset, self.layout.nbytes))
+        entries = [(key, Entry(spec, shard[t], offset[t], nbytes[t], 0), t) for key, spec, t in self.items]
+        if self.partitioned:
+            entries += [(key, entry, -1) for key, entry in self.partitioned]
+            entries.sort(key=lambda row: row[0])
+        return entries
 
 
 @dataclass(frozen=True, slots=True)

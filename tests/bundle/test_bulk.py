@@ -89,11 +89,11 @@ def test_a_template_is_filled_as_the_index_is_encoded(rows: list[Entry], data: s
     keyed = [(b"key%02d" % number, row) for number, row in enumerate(rows)]
     keyed.insert(0, (b"\x00", Entry(TensorSpec(DataType.float32, (4,)), 0, 0, 0, 0, (TensorSlice(((1, 2),)),))))
     crcs = [0, *data.draw(st.lists(uint32, min_size=len(rows), max_size=len(rows)))]
-    template = IndexTemplate(4, lambda: keyed)
+    template = IndexTemplate(4, keyed)
     expected = encode_index(
         4, [(key, row if row.slices else row._replace(crc=crc)) for (key, row), crc in zip(keyed, crcs, strict=True)]
     )
-    assert template.fill(np.array(crcs, np.uint32)) == expected
+    assert template.fill(np.array(crcs, np.uint32), lambda: keyed) == expected
 
 
 @given(st.lists(uint32, max_size=9))
