@@ -186,16 +186,17 @@ class IndexTemplate:
     A checksum is the last field of an entry, four bytes at a place that is known, unless it is 0 and left out.
     """
 
-    def __init__(self, num_shards: int, entries: Sequence[tuple[bytes, Entry]]) -> None:
+    def __init__(self, num_shards: int, entries: Iterable[tuple[bytes, Entry]]) -> None:
         """As :func:`encode_index`; the checksums given do not matter.  Entries with slices have none."""
         self._num_shards = num_shards
         writer = _writer(num_shards)
-        ends = [
-            writer.add(key, encode_entry(entry if entry.slices else entry._replace(crc=1))) for key, entry in entries
-        ]
+        ends, have_crcs = [], []
+        for key, entry in entries:
+            ends.append(writer.add(key, encode_entry(entry if entry.slices else entry._replace(crc=1))))
+            have_crcs.append(not entry.slices)
         self._data = np.frombuffer(writer.finish(), np.uint8)
         self._blocks = writer.data_blocks
-        has_crc = np.fromiter((not entry.slices for _, entry in entries), np.bool_, len(entries))
+        has_crc = np.array(have_crcs, np.bool_)
         self._places = (np.array(ends, np.int64)[has_crc, None] - 4) + np.arange(4)
         self._has_crc = has_crc
 

@@ -105,7 +105,7 @@ class Plan:
         """The index without checksums, and for each entry the number of its tensor."""
         keyed = self._keyed()
         tensors = np.fromiter((tensor for _, _, tensor in keyed), np.int64, len(keyed))
-        return IndexTemplate(num_shards, [(key, entry) for key, entry, _ in keyed]), tensors
+        return IndexTemplate(num_shards, ((key, entry) for key, entry, _ in keyed)), tensors
 
     def _keyed(self) -> list[tuple[bytes, Entry, int]]:
         """Entries without checksums by key, each with the number of its tensor (-1: partitioned, has none)."""
