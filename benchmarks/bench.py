@@ -13,8 +13,10 @@ Just before the clock starts every array is written, as by a training step.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -38,6 +40,7 @@ MORE = tuple(name for name in WORKLOADS if name not in FULL + QUICK)
 _READ = ("restore", "restore_cpu")
 #: Where the files of a workload in memory go.
 _MEMORY = "/dev/shm/gpusaver-bench"
+_HUGE_PAGE_NBYTES = 2 << 20
 #: What --quick leaves out: slow to start, or close to a neighbour.
 _NOT_QUICK = (
     "np.savez",
@@ -119,16 +122,17 @@ def empty(directory: str) -> None:
     sync_tree(os.path.dirname(directory))
 
 
-def take_memory(directory: str, nbytes: int) -> None:
-    """So much is free, and in use until now: what a virtual machine has given back to its host comes back page by page.
+def take_memory(nbytes: int) -> None:
+    """So much is free, in pages of either size, and in use until now.
 
-    What such a page costs is the host's affair, and whom it meets chance.
+    What a virtual machine has given back to its host comes back page by page: what that costs is the host's affair, and
+    whom it meets chance.
     """
-    path, block = os.path.join(directory, "memory"), bytes(8 << 20)
-    with open(path, "wb", buffering=0) as file:
-        for _ in range(0, nbytes, len(block)):
-            file.write(block)
-    os.remove(path)
+    with mmap.mmap(-1, nbytes + _HUGE_PAGE_NBYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+        with contextlib.suppress(OSError):  # a kernel without them
+            block.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, len(block), mmap.PAGESIZE):
+            block[start] = 1
 
 
 def run_workload(
@@ -192,7 +196,7 @@ def group_by_process(peers: Sequence[str]) -> list[list[str]]:
 def measure(worker: WorkerProcess, peer: str, workload: Workload, directory: str) -> dict[str, Any]:
     empty(directory)
     if workload.in_memory:
-        take_memory(directory, workload.nbytes)
+        take_memory(2 * workload.nbytes)  # for whoever needs some beside the files
     sample = worker.ask("save", peer)
     read_into_page_cache(directory)
     for order in workload.orders:
