@@ -31,15 +31,15 @@ from gpusaver.bundle.merge import merge_indexes
 from gpusaver.distributed.group import Group, Message, check_agreement, error_of, facts_of
 from gpusaver.distributed.planning import Assignment, assign, in_order
 from gpusaver.errors import DeadlineExceededError, InternalError
-from gpusaver.exporting import Described, Description, SaverOptions, is_trainable
+from gpusaver.exporting import Described, Description, SaverOptions, trainable_names
 from gpusaver.listing import CheckpointList
 from gpusaver.pending import PendingSave
 from gpusaver.pipeline.commit import BundleCommit, ShardFiles, differs_when_read_again
-from gpusaver.pipeline.plan import Plan, Save, plan_save, stored_key
+from gpusaver.pipeline.plan import Plan, Save, plan_save
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import run_in_background
 from gpusaver.saving import SaveRequest, Saving
-from gpusaver.variables import Leaf
+from gpusaver.variables import Leaves
 
 
 class _Share:
@@ -80,11 +80,11 @@ class CollectiveSaving:
         self._group.exchange("save", error)
 
     def launch(
-        self, prefix: str, request: SaveRequest, timeline: Timeline, leaves_now: Callable[[], list[Leaf]]
+        self, prefix: str, request: SaveRequest, timeline: Timeline, leaves_now: Callable[[], Leaves]
     ) -> PendingSave:
         """``leaves_now()`` raises what keeps this rank from saving; that is everybody's error then."""
         share = _Share(prefix, request)
-        leaves: list[Leaf] = []
+        leaves = Leaves()
         try:
             with timeline.span("plan"):
                 try:
@@ -102,18 +102,18 @@ class CollectiveSaving:
                 share.files.abort()
             raise
 
-    def _digest(self, leaves: Sequence[Leaf]) -> str:
+    def _digest(self, leaves: Leaves) -> str:
         """Of what this rank holds; computed once for a plan."""
         import hashlib  # for ranks alone: it brings OpenSSL along
 
         assert self._held is not None
-        trainable = [leaf.name for leaf in leaves if is_trainable(leaf)]
+        trainable = trainable_names(leaves)
         if self._described is None or self._described[0] is not self._held or self._described[1] != trainable:
             digest = hashlib.blake2b(_describe(self._held, trainable), digest_size=16).hexdigest()
             self._described = self._held, trainable, digest
         return self._described[2]
 
-    def _agree(self, share: _Share, leaves: Sequence[Leaf]) -> tuple[Save, range]:
+    def _agree(self, share: _Share, leaves: Leaves) -> tuple[Save, range]:
         """What this rank writes, and into which shards; an error here is everybody's."""
 
         facts = {
@@ -152,17 +152,16 @@ class CollectiveSaving:
                 share.error = error
         return save, range(first, first + count)
 
-    def _part(self, share: _Share, leaves: Sequence[Leaf], is_written: npt.NDArray[np.bool_]) -> Save:
+    def _part(self, share: _Share, leaves: Leaves, is_written: npt.NDArray[np.bool_]) -> Save:
         """A save of those leaves that this rank writes; ``is_written``: in the order of their keys."""
-        keys = [stored_key(leaf) for leaf in leaves]
-        in_order = sorted(range(len(keys)), key=keys.__getitem__)
-        numbers = sorted(in_order[place] for place in np.flatnonzero(is_written).tolist())
+        assert self._held is not None
+        numbers = sorted(self._held.order[place] for place in np.flatnonzero(is_written).tolist())
         cached = self._kept[0] if self._kept is not None and self._kept[1] == numbers else None
-        save = plan_save([leaves[number] for number in numbers], sharded=self._options.sharded, cached=cached)
+        save = plan_save(leaves.take(numbers), sharded=self._options.sharded, cached=cached)
         self._kept = save.plan, numbers
         return save
 
-    def _begin(self, share: _Share, leaves: Sequence[Leaf], assignment: Assignment) -> list[bytes]:
+    def _begin(self, share: _Share, leaves: Leaves, assignment: Assignment) -> list[bytes]:
         """On rank 0, when all fits together: takes the prefix, and says to everybody what is theirs."""
         storage, prefix, request = self._saving.storage, share.prefix, share.request
         directory = os.path.dirname(prefix)
@@ -241,7 +240,7 @@ class CollectiveSaving:
             if not isinstance(error, Exception):
                 raise
             return
-        pending.finish(len(save.plan.items), int(save.plan.layout.nbytes.sum()))
+        pending.finish(len(save.plan.rows), int(save.plan.layout.nbytes.sum()))
 
     def _finish(self, share: _Share, pending: PendingSave) -> None:
         may_be_committed = False
@@ -339,7 +338,7 @@ class _Leader:
             for spec, key, part, full_shape in sorted(self._assignment.parts, key=in_order):
                 name = key.decode("utf-8", "surrogateescape")
                 variables.append(Described(name, spec, part, full_shape, None, name in self._trainable))
-            self._description = Description(variables, self._options)
+            self._description = Description(lambda: variables, self._options)
         return self._description
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from gpusaver.metagraph.building import saver_scope, variables_meta_graph
@@ -14,7 +14,7 @@ from gpusaver.pipeline.plan import Plan
 from gpusaver.protos.meta_graph_pb2 import MetaGraphDef
 from gpusaver.storage.base import Storage
 from gpusaver.tensor import TensorSlice, TensorSpec
-from gpusaver.variables import Leaf, Variable
+from gpusaver.variables import Leaves, Variable
 
 if TYPE_CHECKING:
     from gpusaver.protos.saver_pb2 import SaverDef
@@ -74,7 +74,7 @@ class Description(MetaContent):
     systems let later files be other names of the first, and never ask again.
     """
 
-    def __init__(self, variables: Sequence[Described], options: SaverOptions) -> None:
+    def __init__(self, variables: Callable[[], Iterable[Described]], options: SaverOptions) -> None:
         self._variables = variables
         self._options = options
         self._content: bytearray | None = None
@@ -133,7 +133,7 @@ class Description(MetaContent):
         names = _VariableNames()
         counts: dict[str, int] = {}
         saveables = []
-        for key, spec, piece, full_shape, device, trainable in self._variables:
+        for key, spec, piece, full_shape, device, trainable in self._variables():
             base, part = key, None
             if piece is not None and full_shape is not None and not piece.is_whole(full_shape):
                 number = counts[key] = counts.get(key, -1) + 1
@@ -164,35 +164,30 @@ class _VariableNames:
 class PlanDescription(Description):
     """Of the variables of one plan; a Saver keeps it as long as it :meth:`fits`."""
 
-    def __init__(self, plan: Plan, leaves: Sequence[Leaf], options: SaverOptions) -> None:
+    def __init__(self, plan: Plan, leaves: Leaves, options: SaverOptions) -> None:
+        super().__init__(self._described, options)
         self._plan = plan
-        self._trainable = _trainable_names(leaves)
-        rows = zip(plan.rows, leaves, strict=True)
-        super().__init__(
-            [
-                Described(
-                    row.name,
-                    row.spec,
-                    row.part,
-                    row.full_shape,
-                    row.device if options.sharded else leaf.device,
-                    row.name in self._trainable,
-                )
-                for row, leaf in rows
-            ],
-            options,
-        )
+        self._trainable = set(trainable_names(leaves))
+        holders = enumerate(leaves.holders)
+        #: By number, of Variables that were given one.
+        self._devices = {n: holder.device for n, holder in holders if isinstance(holder, Variable) and holder.device}
 
-    def fits(self, plan: Plan, leaves: Sequence[Leaf]) -> bool:
-        return plan.rows is self._plan.rows and self._trainable == _trainable_names(leaves)
+    def _described(self) -> Iterator[Described]:
+        rows, is_sharded = self._plan.rows, self._options.sharded
+        for number, row in enumerate(rows):
+            device = row.device if is_sharded else self._devices.get(number)
+            yield Described(row.name, row.spec, row.part, row.full_shape, device, row.name in self._trainable)
+
+    def fits(self, plan: Plan, leaves: Leaves) -> bool:
+        return plan.rows is self._plan.rows and self._trainable == set(trainable_names(leaves))
 
 
-def _trainable_names(leaves: Sequence[Leaf]) -> set[str]:
-    return {leaf[0] for leaf in leaves if leaf[3] is None and is_trainable(leaf)}
-
-
-def is_trainable(leaf: Leaf) -> bool:
-    return isinstance(leaf.holder, Variable) and leaf.holder.trainable
+def trainable_names(leaves: Leaves) -> list[str]:
+    """Of Variables that are."""
+    if None not in leaves.keys:  # as a Variable has
+        return []
+    holders = zip(leaves.names, leaves.holders, strict=True)
+    return [name for name, holder in holders if isinstance(holder, Variable) and holder.trainable]
 
 
 def _graph_device(device: str | None) -> str:

@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpusaver.bundle.bulk import collector_paused
-from gpusaver.device import HOST, Admitted, Runtime, admit, are_contiguous, array_types, known_dtype, runtimes_of
+from gpusaver.bundle.entry import Entries
+from gpusaver.device import (
+    HOST,
+    Admitted,
+    Runtime,
+    admit,
+    are_contiguous,
+    are_different,
+    array_types,
+    known_dtype,
+    runtimes_of,
+)
 from gpusaver.device.host import byte_bounds
 from gpusaver.distributed.group import Group
 from gpusaver.distributed.parts import compare_parts
@@ -23,13 +34,12 @@ from gpusaver.errors import DataLossError, Error, InvalidArgumentError, NotFound
 from gpusaver.pipeline.assemble import Target
 from gpusaver.pipeline.workers import Slots
 from gpusaver.reader import CheckpointReader, Located, TensorRead
-from gpusaver.tensor import DataType
-from gpusaver.variables import Leaf
+from gpusaver.tensor import DataType, TensorSpec
+from gpusaver.variables import Leaf, Leaves
 
 _log = logging.getLogger("gpusaver")
 
-_NAME = operator.attrgetter("name")
-_SHAPE = operator.attrgetter("shape")
+_BASE = operator.attrgetter("base")
 _DTYPE = operator.attrgetter("dtype")
 
 #: Looking for near matches compares every missing name with every stored one, 50 us or so a pair.
@@ -92,7 +102,7 @@ class _Match(NamedTuple):
 
 
 def restore_leaves(
-    leaves: Sequence[Leaf],
+    leaves: Leaves,
     reader: CheckpointReader,
     slots: Slots,
     threads: int,
@@ -124,7 +134,7 @@ def restore_leaves(
 
 
 def _plan_all(
-    leaves: Sequence[Leaf], reader: CheckpointReader, *, partial: bool | str, reshape: bool
+    leaves: Leaves, reader: CheckpointReader, *, partial: bool | str, reshape: bool
 ) -> tuple[RestoreReport, TensorRead, set[Runtime]]:
     """Compares everything and plans the reads, by these runtimes; changes nothing."""
     read = TensorRead(reader)
@@ -140,54 +150,66 @@ def _plan_all(
     return report, read, runtimes | {match.admitted.runtime for match in matches}
 
 
-def _add_plain(
-    leaves: Sequence[Leaf], reader: CheckpointReader, read: TensorRead
-) -> tuple[list[str], set[Runtime], list[Leaf]]:
+def _add_plain(leaves: Leaves, reader: CheckpointReader, read: TensorRead) -> tuple[list[str], set[Runtime], Leaves]:
     """Adds the frequent and simple, NumPy and CuPy arrays stored as they are; returns their names, where they live, and
     all other leaves.
 
     Only where no array is known to overlap another one; with arrays of other libraries nothing of it is known.
     """
+    candidates, others = leaves, Leaves()
     types = array_types()
-    is_array = [type(leaf[1]) in types for leaf in leaves]
-    candidates = list(itertools.compress(leaves, is_array))
-    others = [] if len(candidates) == len(leaves) else list(itertools.compress(leaves, map(operator.not_, is_array)))
-    arrays = [leaf[1] for leaf in candidates]
+    if not types.issuperset(map(type, leaves.values)):
+        is_array = [type(value) in types for value in leaves.values]
+        candidates = leaves.take(list(itertools.compress(range(len(leaves)), is_array)))
+        others = leaves.take(list(itertools.compress(range(len(leaves)), map(operator.not_, is_array))))
+    arrays = candidates.values
     runtimes = runtimes_of(arrays)
     if not all(leaf.has_own_memory for leaf in others) or runtimes is None or not _are_simple(arrays, runtimes):
-        return [], set(), list(leaves)
-    found = reader.plain_rows([leaf[0] for leaf in candidates])
+        return [], set(), leaves
+    found = reader.plain_rows(candidates.names)
     if found is None:
-        return [], set(), list(leaves)
+        return [], set(), leaves
     entries, rows = found
-    shapes, dtypes = list(map(_SHAPE, arrays)), list(map(_DTYPE, arrays))
-    types_of = {dtype: known_dtype(dtype) if dtype.isnative else None for dtype in set(dtypes)}
-    specs = [None if row is None else entries.specs[row] for row in rows]
-    # A leaf without a key is a Variable's, which may have declared another type.
-    fits = [
-        spec is not None
-        and spec.shape == shape
-        and spec.dtype is types_of[dtype]
-        and leaf[3] is not None
-        and leaf[4] is None
-        and (runtime is not HOST or leaf[1].flags.carray)
-        for leaf, runtime, spec, shape, dtype in zip(candidates, runtimes, specs, shapes, dtypes, strict=True)
-    ]
+    fits = _fitting(candidates, runtimes, entries, rows)
+    names, ranges = candidates.names, entries.ranges
     if not all(fits):
-        others = sorted([*others, *itertools.compress(candidates, map(operator.not_, fits))], key=_NAME)
-    names = [leaf[0] for leaf in itertools.compress(candidates, fits)]
-    taken = entries.ranges.take([row for row in itertools.compress(rows, fits) if row is not None])
-    fitting = list(itertools.compress(runtimes, fits))
-    read.plain(names, fitting, list(itertools.compress(arrays, fits)), taken)
-    return names, set(fitting), others
+        numbers = list(itertools.compress(range(len(candidates)), fits))
+        others = others.merged(candidates.take([n for n, fit in enumerate(fits) if not fit]))
+        names, arrays = list(map(names.__getitem__, numbers)), list(map(arrays.__getitem__, numbers))
+        runtimes = list(map(runtimes.__getitem__, numbers))
+    if not all(fits) or rows != range(len(entries)):
+        ranges = ranges.take([row for row in itertools.compress(rows, fits) if row is not None])
+    read.plain(names, runtimes, arrays, ranges)
+    return names, set(runtimes), others
+
+
+def _fitting(leaves: Leaves, runtimes: Sequence[Runtime], entries: Entries, rows: Sequence[int | None]) -> list[bool]:
+    """Of each array, whether its row holds just what lies in its memory."""
+    specs: Iterable[TensorSpec | None] = entries.specs
+    if rows != range(len(entries)):
+        specs = [None if row is None else entries.specs[row] for row in rows]
+    dtypes = list(map(_DTYPE, leaves.values))
+    types = {dtype: known_dtype(dtype) if dtype.isnative else None for dtype in set(dtypes)}
+    # A leaf without a key is a Variable's, which may have declared another type.
+    return [
+        spec is not None
+        and spec.shape == array.shape
+        and spec.dtype is types[dtype]
+        and key is not None
+        and part is None
+        and (runtime is not HOST or array.flags.carray)
+        for spec, array, dtype, key, part, runtime in zip(
+            specs, leaves.values, dtypes, leaves.keys, leaves.parts, runtimes, strict=True
+        )
+    ]
 
 
 def _are_simple(arrays: Sequence[Any], runtimes: Sequence[Runtime]) -> bool:
     """Whether each owns its memory (NumPy) or is contiguous (CuPy), and no two overlap."""
-    if len(set(map(id, arrays))) < len(arrays):
+    if not are_different(arrays):
         return False
     is_on_host = [runtime is HOST for runtime in runtimes]
-    if any(array.base is not None for array in itertools.compress(arrays, is_on_host)):
+    if not all(map(operator.is_, map(_BASE, itertools.compress(arrays, is_on_host)), itertools.repeat(None))):
         return False
     on_device = [array for array, is_it in zip(arrays, is_on_host, strict=True) if not is_it and array.size]
     if not all(are_contiguous(on_device)):
@@ -199,7 +221,7 @@ def _are_simple(arrays: Sequence[Any], runtimes: Sequence[Runtime]) -> bool:
 
 
 def _match(
-    leaves: Sequence[Leaf], reader: CheckpointReader, reshape: bool
+    leaves: Leaves, reader: CheckpointReader, reshape: bool
 ) -> tuple[list[_Match], list[str], list[tuple[str, str]]]:
     """What fits, the names that are missing, and (name, complaint) for those that do not fit."""
     matches: list[_Match] = []

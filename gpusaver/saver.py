@@ -43,7 +43,7 @@ from gpusaver.retention import Retention
 from gpusaver.saving import Capture, SaveRequest, Saving, WhenBusy
 from gpusaver.storage.base import Storage
 from gpusaver.storage.routing import RoutedStorage
-from gpusaver.variables import Leaf, check_variables_once, current_variables, flatten
+from gpusaver.variables import Leaves, check_variables_once, current_variables, flatten
 
 if TYPE_CHECKING:
     from gpusaver.protos import MetaGraphDef, SaverDef
@@ -178,7 +178,7 @@ class Saver:
                 "gpusaver.load(prefix) reads it without any"
             )
         plan_save(leaves, sharded=self._sharded, cached=None)  # finds every leaf that cannot be stored
-        self._names = [leaf.name for leaf in leaves]
+        self._names = leaves.names
 
     def warmup(self, save_path: PathLike | None = None) -> None:
         """Does ahead of training what the first save would wait for.
@@ -338,7 +338,7 @@ class Saver:
             run_in_background(lambda: self._run(save, pending, meta_graph, request))
         return pending
 
-    def _leaves_to_save(self) -> list[Leaf]:
+    def _leaves_to_save(self) -> Leaves:
         self._check_open()
         if self._names is None:
             raise RuntimeError("`build()` should be called before save if defer_build==True")
@@ -363,20 +363,20 @@ class Saver:
         if error is not None:
             raise error
 
-    def _planned(self, leaves: Sequence[Leaf]) -> Save:
+    def _planned(self, leaves: Leaves) -> Save:
         frozen = self._saving.frozen(leaves)
         return plan_save(leaves, sharded=self._sharded, cached=self._plan, frozen=frozen)
 
     @collector_paused()
-    def _leaves(self) -> list[Leaf]:
+    def _leaves(self) -> Leaves:
         leaves = flatten(self._var_list)
-        names = [leaf.name for leaf in leaves]
-        if names != self._names:
-            before, now = set(self._names or ()), set(names)
+        if leaves.names != self._names:
+            before, now = set(self._names or ()), set(leaves.names)
             raise ValueError(
                 "the set of variable names changed since the Saver was made: "
                 f"new {sorted(now - before)[:10]}, gone {sorted(before - now)[:10]}; make a new Saver for a new set"
             )
+        leaves.names = self._names  # so that the plan keeps no others
         return leaves
 
     def _run(
@@ -398,7 +398,7 @@ class Saver:
             finally:
                 pending.fail(error)
             return
-        pending.finish(len(save.plan.items), sum(save.plan.layout.nbytes.tolist()))
+        pending.finish(len(save.plan.rows), sum(save.plan.layout.nbytes.tolist()))
 
     # -- restoring
 
@@ -536,7 +536,7 @@ class Saver:
             self._plan = self._planned(leaves).plan
             return self._describe(leaves, self._plan)
 
-    def _describe(self, leaves: Sequence[Leaf], plan: Plan) -> PlanDescription:
+    def _describe(self, leaves: Leaves, plan: Plan) -> PlanDescription:
         """Of the plan; the last one if that still fits."""
         if self._description is None or not self._description.fits(plan, leaves):
             self._description = PlanDescription(plan, leaves, self._options)

@@ -196,7 +196,7 @@ class Saving:
         needed = sum(shard_nbytes)
         if self._incremental is not None and self._incremental.has_files:
             needed -= sum(shard_nbytes[shard] for shard in plan.frozen_shards)
-        self.preflight.check(pending.prefix, needed, len(plan.items), copies)
+        self.preflight.check(pending.prefix, needed, len(plan.rows), copies)
         commit = BundleCommit(
             self.storage, pending.prefix, shard_nbytes, direct=self.direct_io, later=plan.frozen_shards
         )
@@ -338,7 +338,7 @@ class Saving:
 
         def check() -> None:
             now = checksums_now(save.plan.layout, save.sources, self.slots)
-            changed = [item.key.decode("utf-8", "replace") for item in save.plan.items if _differ(item, before, now)]
+            changed = [item.key.decode("utf-8", "replace") for item in save.plan.items() if _differ(item, before, now)]
             if changed:
                 outcome = "is cancelled" if pending.cancel() else "may hold them half changed: remove it"
                 raise FailedPreconditionError(

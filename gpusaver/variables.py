@@ -10,7 +10,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -269,16 +269,76 @@ class Leaf(NamedTuple):
             self.holder[self.key] = value
 
 
-_NAME = operator.attrgetter("name")
 _leaf = functools.partial(tuple.__new__, Leaf)  # half the time of Leaf(...)
 
 
-def flatten(var_list: Any) -> list[Leaf]:
+class Leaves(Sequence[Leaf]):
+    """Leaves as columns: to make an object for each takes as long as most of what is done with it."""
+
+    def __init__(self, *columns: list[Any]) -> None:
+        self.names: list[str]
+        self.values: list[Any]
+        self.holders: list[Any]
+        self.keys: list[Any]
+        self.parts: list[PartitionedVariable | None]
+        self.names, self.values, self.holders, self.keys, self.parts = columns or ([], [], [], [], [])
+
+    def add(self, name: str, value: Any, holder: Any, key: Any, part: PartitionedVariable | None = None) -> None:
+        self.names.append(name)
+        self.values.append(value)
+        self.holders.append(holder)
+        self.keys.append(key)
+        self.parts.append(part)
+
+    def add_arrays(self, names: list[str], mapping: MutableMapping[Any, Any]) -> None:
+        """All values of a mapping."""
+        self.names += names
+        self.values += mapping.values()
+        self.holders += [mapping] * len(names)
+        self.keys += mapping
+        self.parts += [None] * len(names)
+
+    def take(self, numbers: Sequence[int]) -> Leaves:
+        return Leaves(*(list(map(column.__getitem__, numbers)) for column in self._columns))
+
+    def in_order(self) -> Leaves:
+        """By name, as its bytes sort; those of one name as they are."""
+        octets: list[Any] = self.names  # text sorts so if it is ASCII
+        if not all(map(str.isascii, self.names)):
+            octets = [name.encode("utf-8", "surrogateescape") for name in self.names]
+        return self if octets == sorted(octets) else self.take(sorted(range(len(octets)), key=octets.__getitem__))
+
+    def merged(self, others: Leaves) -> Leaves:
+        return Leaves(*(mine + theirs for mine, theirs in zip(self._columns, others._columns, strict=True))).in_order()
+
+    @property
+    def _columns(self) -> tuple[list[Any], ...]:
+        return self.names, self.values, self.holders, self.keys, self.parts
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, number: int) -> Leaf: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Leaves: ...
+
+    def __getitem__(self, number: int | slice) -> Leaf | Leaves:
+        if isinstance(number, slice):
+            return self.take(range(*number.indices(len(self))))
+        return _leaf([column[number] for column in self._columns])
+
+    def __iter__(self) -> Iterator[Leaf]:
+        return map(_leaf, zip(*self._columns, strict=True))
+
+
+def flatten(var_list: Any) -> Leaves:
     """The leaves of a var_list, sorted by name (the slices of one tensor in the order given).
 
     Raises TypeError for what a var_list cannot hold, ValueError for two leaves of one name.
     """
-    leaves: list[Leaf] = []
+    leaves = Leaves()
     if isinstance(var_list, MutableMapping):
         _flatten_mapping(var_list, "", leaves, [])
     elif isinstance(var_list, list | tuple | AbstractSet):
@@ -287,31 +347,23 @@ def flatten(var_list: Any) -> list[Leaf]:
         raise TypeError(
             f"Variables to save should be passed in a dict or a list, found {type(var_list).__name__}: {var_list!r:.80}"
         )
-    names = list(map(_NAME, leaves))
-    if all(map(str.isascii, names)):  # then text sorts as its bytes do
-        leaves.sort(key=_NAME)
-    else:
-        leaves.sort(key=_by_name)
-    if len(set(names)) == len(leaves):
-        return leaves
-    for first, second in itertools.pairwise(leaves):
-        if first.name == second.name:
-            _check_same_name(first, second)
+    leaves = leaves.in_order()
+    names = leaves.names
+    if any(map(operator.eq, names, itertools.islice(names, 1, None))):
+        for first, second in itertools.pairwise(leaves):
+            if first.name == second.name:
+                _check_same_name(first, second)
     return leaves
 
 
-def _by_name(leaf: Leaf) -> bytes:
-    return leaf.name.encode("utf-8", "surrogateescape")
-
-
-def _flatten_list(items: Iterable[Any], leaves: list[Leaf]) -> None:
+def _flatten_list(items: Iterable[Any], leaves: Leaves) -> None:
     for item in items:
         if isinstance(item, Variable):
-            leaves.append(Leaf(item.name, item.value, item, None))
+            leaves.add(item.name, item.value, item, None)
         elif isinstance(item, PartitionedVariable):
             if item.name is None:
                 raise TypeError(f"{item!r} in a list needs a name")
-            leaves.append(Leaf(item.name, item.value, None, None, item))
+            leaves.add(item.name, item.value, None, None, item)
         elif isinstance(item, list | tuple):
             _flatten_list(item, leaves)
         else:
@@ -321,31 +373,28 @@ def _flatten_list(items: Iterable[Any], leaves: list[Leaf]) -> None:
             )
 
 
-def _flatten_mapping(mapping: MutableMapping[Any, Any], scope: str, leaves: list[Leaf], above: list[int]) -> None:
+def _flatten_mapping(mapping: MutableMapping[Any, Any], scope: str, leaves: Leaves, above: list[int]) -> None:
     types = array_types()
     if type(mapping) is dict and types.issuperset(map(type, mapping.values())) and set(map(type, mapping)) <= {str}:
         names = [scope + key for key in mapping] if scope else list(mapping)
-        if all(names) and all(map(str.isascii, names)):  # all at once: half the time
-            leaves += map(
-                _leaf,
-                zip(names, mapping.values(), itertools.repeat(mapping), mapping, itertools.repeat(None), strict=False),
-            )
+        if all(names) and all(map(str.isascii, names)):  # all at once
+            leaves.add_arrays(names, mapping)
             return
     for key, value in mapping.items():
         if not isinstance(key, str):
             raise TypeError(f"Name is not a string: key {key!r} {_inside(scope)}")
         if type(value) in types:  # by far the most frequent
             name = scope + key
-            leaves.append(_leaf((name if name and name.isascii() else _checked_name(name), value, mapping, key, None)))
+            leaves.add(name if name and name.isascii() else _checked_name(name), value, mapping, key)
             continue
         _flatten_value(value, scope + key, mapping, key, leaves, above)
 
 
-def _flatten_value(value: Any, name: str, holder: Any, key: Any, leaves: list[Leaf], above: list[int]) -> None:
+def _flatten_value(value: Any, name: str, holder: Any, key: Any, leaves: Leaves, above: list[int]) -> None:
     if isinstance(value, Variable):
-        leaves.append(Leaf(_checked_name(name), value.value, value, None))
+        leaves.add(_checked_name(name), value.value, value, None)
     elif isinstance(value, PartitionedVariable):
-        leaves.append(Leaf(_checked_name(name), value.value, None, None, value))
+        leaves.add(_checked_name(name), value.value, None, None, value)
     elif isinstance(value, MutableMapping | list):
         if id(value) in above:
             raise ValueError(f"{name}: a container that holds itself")
@@ -353,7 +402,8 @@ def _flatten_value(value: Any, name: str, holder: Any, key: Any, leaves: list[Le
         if isinstance(value, MutableMapping):
             _flatten_mapping(value, name + "/", leaves, above)
         elif value and all(isinstance(item, PartitionedVariable) for item in value):
-            leaves.extend(Leaf(_checked_name(name), item.value, None, None, item) for item in value)
+            for item in value:
+                leaves.add(_checked_name(name), item.value, None, None, item)
         elif any(isinstance(item, PartitionedVariable) for item in value):
             raise ValueError(f"{name}: Slices must all be slices; the list mixes PartitionedVariables and other values")
         else:
@@ -365,7 +415,7 @@ def _flatten_value(value: Any, name: str, holder: Any, key: Any, leaves: list[Le
     elif value is None:
         raise TypeError(f"{name}: None cannot be stored in a checkpoint; leave the name out, or store a number")
     else:
-        leaves.append(Leaf(_checked_name(name), value, holder, key))
+        leaves.add(_checked_name(name), value, holder, key)
 
 
 def _inside(scope: str) -> str:
@@ -396,6 +446,7 @@ def check_variables_once(leaves: Sequence[Leaf]) -> None:
 
 __all__ = [
     "Leaf",
+    "Leaves",
     "PartitionedVariable",
     "Variable",
     "check_variables_once",

@@ -1,7 +1,16 @@
 """Where arrays live and how their bytes are reached: the host, or a CUDA device through CuPy."""
 
 from gpusaver.device.admission import HOST, Admitted, admit, array_types, cuda_module, known_dtype, runtimes_of
-from gpusaver.device.base import Checking, Event, HostBuffer, Runtime, Transfer, Transfers, are_contiguous
+from gpusaver.device.base import (
+    Checking,
+    Event,
+    HostBuffer,
+    Runtime,
+    Transfer,
+    Transfers,
+    are_contiguous,
+    are_different,
+)
 
 __all__ = [
     "HOST",
@@ -14,6 +23,7 @@ __all__ = [
     "Transfers",
     "admit",
     "are_contiguous",
+    "are_different",
     "array_types",
     "cuda_module",
     "known_dtype",

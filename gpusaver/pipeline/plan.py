@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +18,17 @@ from gpusaver.bundle.index import Entry, IndexTemplate
 from gpusaver.bundle.layout import Column, Layout, plan_layout
 from gpusaver.bundle.slices import check_tiling, slice_key
 from gpusaver.bundle.strings import encode_strings
-from gpusaver.device import HOST, Event, Runtime, admit, runtimes_of
+from gpusaver.device import HOST, Event, Runtime, admit, are_different, runtimes_of
 from gpusaver.device.host import address
 from gpusaver.errors import InternalError, InvalidArgumentError
 from gpusaver.pipeline.save import Sources
 from gpusaver.tensor import TensorSlice, TensorSpec
-from gpusaver.variables import Leaf
+from gpusaver.variables import Leaf, Leaves
 
-_KEY = operator.attrgetter("key")
-_VALUE = operator.attrgetter("value")
 _DTYPE = operator.attrgetter("dtype")
 _SHAPE = operator.attrgetter("shape")
 _BASE = operator.attrgetter("base")
+_NBYTES = operator.attrgetter("nbytes")
 #: The masked checksum of no bytes.
 _EMPTY_CRC = mask(0)
 
@@ -41,8 +41,8 @@ class Item(NamedTuple):
     tensor: int
 
 
-class _Row(NamedTuple):
-    """What the plan depends on, for one leaf.
+class Row(NamedTuple):
+    """What a plan depends on, for one leaf.
 
     ``array_dtype``: of a NumPy or CuPy array that lies in a dict or list as it is; None for all else.
     """
@@ -57,14 +57,103 @@ class _Row(NamedTuple):
     runtime: Runtime
     array_dtype: Any
 
+    @property
+    def is_part(self) -> bool:
+        """Of a tensor that other leaves may have more of."""
+        return self.part is not None and self.full_shape is not None and not self.part.is_whole(self.full_shape)
+
+    @property
+    def key(self) -> bytes:
+        """Of the leaf's bytes: the name, or that of a part under it."""
+        key = self.name.encode("utf-8", "surrogateescape")
+        return slice_key(key, self.part) if self.is_part and self.part is not None else key
+
+
+class Rows(Sequence[Row]):
+    """Rows as columns, which take a third of the memory; equal if all rows are.
+
+    ``names``: of all leaves; kept by whoever made them, too.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.specs: list[TensorSpec] = []
+        self.tensors = array.array("q")
+        self.devices: list[str] = []
+        self.runtimes: list[Runtime] = []
+        self.dtypes: list[Any] = []
+        #: By number, what few rows have: parts, and sizes that do not follow from the spec.
+        self.parts: dict[int, tuple[TensorSlice | None, tuple[int, ...] | None]] = {}
+        self.sizes: dict[int, int] = {}
+
+    def add(self, row: Row) -> None:
+        """The next one; its name is there."""
+        number = len(self.specs)
+        if row.part is not None:
+            self.parts[number] = row.part, row.full_shape
+        if not row.spec.dtype.is_fixed_size:
+            self.sizes[number] = row.nbytes
+        self._append(row.spec, row.tensor, row.device, row.runtime, row.array_dtype)
+
+    def add_same(self, other: Rows) -> None:
+        """As ``other`` has it at this place, where it has an ``array_dtype``."""
+        n = len(self.specs)
+        self._append(other.specs[n], other.tensors[n], other.devices[n], other.runtimes[n], other.dtypes[n])
+
+    def _append(self, spec: TensorSpec, tensor: int, device: str, runtime: Runtime, dtype: Any) -> None:
+        self.specs.append(spec)
+        self.tensors.append(tensor)
+        self.devices.append(device)
+        self.runtimes.append(runtime)
+        self.dtypes.append(dtype)
+
+    def fits(self, number: int, value: Any) -> bool:
+        """Whether the row has an ``array_dtype``, and is that of this value but for the tensor's number."""
+        dtype = self.dtypes[number]
+        return (
+            dtype is not None  # first: to NumPy it equals float64
+            and self.runtimes[number].owns(value)
+            and dtype == value.dtype
+            and self.specs[number].shape == value.shape
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, number: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Row]: ...
+
+    def __getitem__(self, number: int | slice) -> Row | list[Row]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        spec, size = self.specs[number], self.sizes.get(number)
+        return Row(
+            self.names[number],
+            spec,
+            self.tensors[number],
+            self.devices[number],
+            spec.nbytes if size is None else size,
+            *self.parts.get(number, (None, None)),
+            self.runtimes[number],
+            self.dtypes[number],
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, as a list is
+
 
 class _Columns(NamedTuple):
     """What is compared of NumPy and CuPy arrays that lie in a dict or list as they are, all at once.
 
-    ``others``: numbers of the leaves that are something else.
+    ``plain``: numbers of the leaves that are such; ``others``: of those that are something else.
     """
 
-    plain: list[int]
+    plain: Sequence[int]
     runtimes: list[Runtime]
     dtypes: list[Any]
     shapes: list[tuple[int, ...]]
@@ -75,10 +164,11 @@ class _Columns(NamedTuple):
 class Plan:
     """Where everything goes.  ``rows`` is the signature: the plan holds as long as it stays the same."""
 
-    rows: list[_Row]
+    rows: Rows
     #: None where it would not help.
     columns: _Columns | None
-    items: list[Item]
+    #: The numbers of the rows in the order of their keys.
+    order: Sequence[int]
     #: The entries of partitioned tensors, which have no bytes of their own.
     partitioned: list[tuple[bytes, Entry]]
     #: Where the tensors are, by their owners' numbers in the layout.
@@ -90,6 +180,10 @@ class Plan:
     frozen: frozenset[str] = frozenset()
     frozen_shards: frozenset[int] = frozenset()
     _templates: dict[int, tuple[IndexTemplate, npt.NDArray[np.int64]]] = field(default_factory=dict)
+
+    def items(self) -> Iterator[Item]:
+        """One for each row, in the order of their keys."""
+        return (Item(row.key, row.spec, row.tensor) for row in map(self.rows.__getitem__, self.order))
 
     def index(self, num_shards: int, checksums: dict[int, int]) -> bytes:
         """The index file; ``checksums`` by tensor number, unmasked (tensors without bytes need none)."""
@@ -103,18 +197,23 @@ class Plan:
 
     def _template(self, num_shards: int) -> tuple[IndexTemplate, npt.NDArray[np.int64]]:
         """The index without checksums, and for each entry the number of its tensor."""
-        keyed = self._keyed()
-        tensors = np.fromiter((tensor for _, _, tensor in keyed), np.int64, len(keyed))
-        return IndexTemplate(num_shards, ((key, entry) for key, entry, _ in keyed)), tensors
+        tensors: list[int] = []
 
-    def _keyed(self) -> list[tuple[bytes, Entry, int]]:
+        def entries() -> Iterator[tuple[bytes, Entry]]:
+            for key, entry, tensor in self._keyed():
+                tensors.append(tensor)
+                yield key, entry
+
+        return IndexTemplate(num_shards, entries()), np.array(tensors, np.int64)
+
+    def _keyed(self) -> Iterable[tuple[bytes, Entry, int]]:
         """Entries without checksums by key, each with the number of its tensor (-1: partitioned, has none)."""
-        shard, offset, nbytes = (c.tolist() for c in (self.layout.shard, self.layout.offset, self.layout.nbytes))
-        entries = [(key, Entry(spec, shard[t], offset[t], nbytes[t], 0), t) for key, spec, t in self.items]
-        if self.partitioned:
-            entries += [(key, entry, -1) for key, entry in self.partitioned]
-            entries.sort(key=lambda row: row[0])
-        return entries
+        shard, offset, nbytes = (column.item for column in (self.layout.shard, self.layout.offset, self.layout.nbytes))
+        entries = ((key, Entry(spec, shard(t), offset(t), nbytes(t), 0), t) for key, spec, t in self.items())
+        if not self.partitioned:
+            return entries
+        partitioned = [(key, entry, -1) for key, entry in self.partitioned]
+        return sorted([*entries, *partitioned], key=lambda row: row[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +236,7 @@ class Save:
 
 
 @collector_paused()
-def plan_save(
-    leaves: Sequence[Leaf], *, sharded: bool, cached: Plan | None, frozen: frozenset[str] = frozenset()
-) -> Save:
+def plan_save(leaves: Leaves, *, sharded: bool, cached: Plan | None, frozen: frozenset[str] = frozenset()) -> Save:
     """Raises TypeError for leaves that cannot be stored, InvalidArgumentError for slices that overlap.
 
     ``frozen``: names of the variables that get data files of their own.
@@ -152,43 +249,38 @@ def plan_save(
     sources = Sources()
     strings: dict[int, int] = {}
     numbers: dict[Any, int] = {}
-    rows: list[_Row] = []
+    rows = Rows(leaves.names)
     own_memory = all(leaf.has_own_memory for leaf in leaves)
-    cached_rows = cached.rows if cached is not None and len(cached.rows) == len(leaves) else None
-    for leaf in leaves:
+    known = cached.rows if cached is not None and len(cached.rows) == len(leaves) else None
+    for place, leaf in enumerate(leaves):
         value = leaf.value
-        if cached_rows is not None and leaf.key is not None:
-            row, number = cached_rows[len(rows)], len(sources)
+        if known is not None and leaf.key is not None and known.fits(place, value):
+            runtime, number = known.runtimes[place], len(sources)
             if (
-                row.array_dtype is not None  # first: to NumPy it equals float64
-                and row.runtime.owns(value)
-                and row.array_dtype == value.dtype
-                and row.spec.shape == value.shape
-                and row.tensor == number
-                and numbers.setdefault(_identity(row.runtime, value, own_memory), number) == number
+                known.tensors[place] == number
+                and numbers.setdefault(_identity(runtime, value, own_memory), number) == number
             ):
-                rows.append(row)
-                sources.add(row.runtime, value)
+                rows.add_same(known)
+                sources.add(runtime, value)
                 continue
-        rows.append(_admit(leaf, own_memory, sources, strings, numbers))
+        rows.add(_admit(leaf, own_memory, sources, strings, numbers))
     if cached is None or cached.rows != rows:
-        cached = _make_plan(leaves, rows, sources, sharded, frozen)
+        cached = _make_plan(rows, sources, sharded, frozen)
     return Save(cached, sources, strings)
 
 
-def _unchanged(leaves: Sequence[Leaf], cached: Plan) -> Save | None:
+def _unchanged(leaves: Leaves, cached: Plan) -> Save | None:
     """The save, if it is found quickly that the plan fits: by columns instead of leaf by leaf."""
     columns = cached.columns
     if columns is None or len(leaves) != len(cached.rows):
         return None
-    values, keys = list(map(_VALUE, leaves)), list(map(_KEY, leaves))
+    values, keys = leaves.values, leaves.keys
     arrays = list(map(values.__getitem__, columns.plain)) if columns.others else values
-    identities = set(map(id, arrays))
     if (
         runtimes_of(arrays) != columns.runtimes
         or list(map(_DTYPE, arrays)) != columns.dtypes
-        or list(map(_SHAPE, arrays)) != columns.shapes
-        or len(identities) != len(arrays)
+        or not all(map(operator.eq, map(_SHAPE, arrays), columns.shapes))
+        or not are_different(arrays)
         or not _are_apart(arrays, columns.runtimes)
         or keys.count(None) != sum(keys[number] is None for number in columns.others)  # a Variable took one's place
     ):
@@ -197,6 +289,7 @@ def _unchanged(leaves: Sequence[Leaf], cached: Plan) -> Save | None:
     strings: dict[int, int] = {}
     numbers: dict[Any, int] = {}
     runtimes = iter(columns.runtimes)
+    identities = set(map(id, arrays)) if columns.others else ()
     for number in columns.others:
         plain = values[len(sources) : number]
         sources.runtimes.extend(itertools.islice(runtimes, len(plain)))
@@ -223,23 +316,22 @@ def _are_apart(arrays: Sequence[Any], runtimes: Sequence[Runtime]) -> bool:
     return all(map(operator.is_, map(_BASE, arrays), itertools.repeat(None)))
 
 
-def _columns(rows: Sequence[_Row]) -> _Columns | None:
-    others = [n for n, row in enumerate(rows) if row.array_dtype is None]
-    has_ties = any(row.tensor != n for n, row in enumerate(rows))
+def _columns(rows: Rows) -> _Columns | None:
+    others = [n for n, dtype in enumerate(rows.dtypes) if dtype is None]
+    has_ties = any(map(operator.ne, rows.tensors, range(len(rows))))
     if has_ties or len(others) > len(rows) // 8:
         return None
-    apart = set(others)
-    plain = [n for n in range(len(rows)) if n not in apart]
-    return _Columns(
-        plain,
-        [rows[n].runtime for n in plain],
-        [rows[n].array_dtype for n in plain],
-        [rows[n].spec.shape for n in plain],
-        others,
+    shapes = list(map(_SHAPE, rows.specs))
+    if not others:
+        return _Columns(range(len(rows)), rows.runtimes, rows.dtypes, shapes, others)
+    is_plain = [dtype is not None for dtype in rows.dtypes]
+    runtimes, dtypes, shapes = (
+        list(itertools.compress(column, is_plain)) for column in (rows.runtimes, rows.dtypes, shapes)
     )
+    return _Columns(list(itertools.compress(range(len(rows)), is_plain)), runtimes, dtypes, shapes, others)
 
 
-def _admit(leaf: Leaf, own_memory: bool, sources: Sources, strings: dict[int, int], numbers: dict[Any, int]) -> _Row:
+def _admit(leaf: Leaf, own_memory: bool, sources: Sources, strings: dict[int, int], numbers: dict[Any, int]) -> Row:
     """Adds the leaf to the sources, unless its bytes are there already, and describes it."""
     admitted = admit(leaf.value, leaf.name, leaf.dtype)
     array = admitted.array
@@ -257,7 +349,7 @@ def _admit(leaf: Leaf, own_memory: bool, sources: Sources, strings: dict[int, in
             f"{leaf.name}: slice {part.slice} of {list(part.full_shape)} has shape "
             f"{list(part.slice.shape(part.full_shape))}, the array has {list(admitted.spec.shape)}"
         )
-    return _Row(
+    return Row(
         leaf.name,
         admitted.spec,
         number,
@@ -283,38 +375,37 @@ def _identity(runtime: Runtime, array: Any, own_memory: bool) -> Any:
     return (address(array), array.shape, array.strides, array.dtype)
 
 
-def _make_plan(
-    leaves: Sequence[Leaf], rows: list[_Row], sources: Sources, sharded: bool, frozen: frozenset[str]
-) -> Plan:
+def _make_plan(rows: Rows, sources: Sources, sharded: bool, frozen: frozenset[str]) -> Plan:
     runtimes = sorted(set(sources.runtimes), key=_devices_first)
     owner_numbers = {runtime.name: number for number, runtime in enumerate(runtimes)}
-    frozen_tensors = {row.tensor for row in rows if row.name in frozen}
+    frozen_tensors = {t for t, name in zip(rows.tensors, rows.names, strict=True) if name in frozen} if frozen else ()
     # By tensor; one that has two names lies where the last one says.
-    places = {row.tensor: (row.tensor in frozen_tensors, row.device if sharded else "") for row in rows}
-    shard_numbers = {place: number for number, place in enumerate(sorted(set(places.values())))}
-    nbytes = [0] * len(sources)
-    shards = [0] * len(sources)
-    items: list[Item] = []
-    parts: dict[bytes, list[tuple[Leaf, TensorSpec]]] = {}
-    for leaf, (name, spec, tensor, _, size, part, full_shape, _, _) in zip(leaves, rows, strict=True):
-        nbytes[tensor], shards[tensor] = size, shard_numbers[places[tensor]]
-        if part is not None and full_shape is not None and not part.is_whole(full_shape):
-            parts.setdefault(name.encode("utf-8", "surrogateescape"), []).append((leaf, spec))
-        items.append(Item(stored_key(leaf), spec, tensor))
+    places = [(False, "")] * len(sources)
+    if sharded or frozen:
+        for tensor, device in zip(rows.tensors, rows.devices, strict=True):
+            places[tensor] = tensor in frozen_tensors, device if sharded else ""
+    shard_numbers = {place: number for number, place in enumerate(sorted(set(places)))}
+    parts: dict[bytes, list[Row]] = {}
+    for row in map(rows.__getitem__, rows.parts):
+        if row.is_part:
+            parts.setdefault(row.name.encode("utf-8", "surrogateescape"), []).append(row)
     partitioned = [(key, _partitioned_entry(key, members)) for key, members in parts.items()]
+    order: Sequence[int] = range(len(rows))
     if partitioned:
-        items.sort(key=lambda item: item.key)
-    _check_keys(items, partitioned)
+        keys = [row.key for row in rows]
+        order = sorted(order, key=keys.__getitem__)
+    _check_keys(rows, partitioned)
+    count = len(sources)
     layout = plan_layout(
-        nbytes,
-        [owner_numbers[runtime.name] for runtime in sources.runtimes],
-        shards,
+        np.fromiter(map(_NBYTES, sources.arrays), np.int64, count),
+        np.fromiter((owner_numbers[runtime.name] for runtime in sources.runtimes), np.int64, count),
+        np.fromiter(map(shard_numbers.__getitem__, places), np.int64, count),
         max(1, len(shard_numbers)),
     )
     return Plan(
         rows,
         _columns(rows),
-        items,
+        order,
         partitioned,
         runtimes,
         layout,
@@ -324,28 +415,22 @@ def _make_plan(
     )
 
 
-def stored_key(leaf: Leaf) -> bytes:
-    """The key of the leaf's bytes: the name, or that of a part under it."""
-    key, part = leaf.name.encode("utf-8", "surrogateescape"), leaf.part
-    return key if part is None or part.slice.is_whole(part.full_shape) else slice_key(key, part.slice)
-
-
 def _devices_first(runtime: Runtime) -> tuple[bool, str]:
     return (runtime is HOST, runtime.name)
 
 
-def _partitioned_entry(key: bytes, members: Sequence[tuple[Leaf, TensorSpec]]) -> Entry:
-    slices = tuple(leaf.part.slice for leaf, _ in members if leaf.part is not None)
-    first_leaf, first_spec = members[0]
-    assert first_leaf.part is not None
-    full_shape = first_leaf.part.full_shape
-    for leaf, spec in members:
-        if spec.dtype != first_spec.dtype:
+def _partitioned_entry(key: bytes, members: Sequence[Row]) -> Entry:
+    slices = tuple(row.part for row in members if row.part is not None)
+    first = members[0]
+    assert first.full_shape is not None
+    full_shape = first.full_shape
+    for row in members:
+        if row.spec.dtype != first.spec.dtype:
             raise InvalidArgumentError(
-                f"Slices of {leaf.name} disagree: {spec.dtype.name} and {first_spec.dtype.name}; expected one dtype"
+                f"Slices of {row.name} disagree: {row.spec.dtype.name} and {first.spec.dtype.name}; expected one dtype"
             )
     _check_no_overlap(key, full_shape, slices)
-    return Entry(TensorSpec(first_spec.dtype, full_shape), 0, 0, 0, 0, slices)
+    return Entry(TensorSpec(first.spec.dtype, full_shape), 0, 0, 0, 0, slices)
 
 
 def _check_no_overlap(key: bytes, full_shape: tuple[int, ...], slices: Sequence[Any]) -> None:
@@ -360,8 +445,10 @@ def _check_no_overlap(key: bytes, full_shape: tuple[int, ...], slices: Sequence[
         pass
 
 
-def _check_keys(items: Sequence[Item], partitioned: Sequence[tuple[bytes, Entry]]) -> None:
-    keys = [item.key for item in items] + [key for key, _ in partitioned]
+def _check_keys(rows: Rows, partitioned: Sequence[tuple[bytes, Entry]]) -> None:
+    if not rows.parts and all(map(str.isascii, rows.names)):
+        return  # as different as the names
+    keys = [row.key for row in rows] + [key for key, _ in partitioned]
     if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise InvalidArgumentError(f"Adding duplicate key: {twice.decode('utf-8', 'surrogateescape')}")
