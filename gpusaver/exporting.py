@@ -9,7 +9,7 @@ from gpusaver.metagraph.building import saver_scope, variables_meta_graph
 from gpusaver.metagraph.nodes import Names, node_name
 from gpusaver.metagraph.saver_nodes import Saveable, names_of_saver
 from gpusaver.metagraph.variables import GraphVariable, Part
-from gpusaver.pipeline.commit import FileVersion, MetaFile
+from gpusaver.pipeline.commit import Emit, FileVersion, MetaFile
 from gpusaver.pipeline.plan import Plan
 from gpusaver.protos.meta_graph_pb2 import MetaGraphDef
 from gpusaver.storage.base import Storage
@@ -56,12 +56,12 @@ class MetaContent:
 
     _written: FileVersion | None = None
 
-    def content(self) -> bytes | bytearray:
-        """The bytes of a `.meta` file."""
+    def write(self, emit: Emit) -> None:
+        """``emit`` gets the bytes of a `.meta` file, piece by piece."""
         raise NotImplementedError
 
     def file(self, path: str) -> MetaFile:
-        return MetaFile(path, self.content, self._written)
+        return MetaFile(path, self.write, self._written)
 
     def mark_written(self, path: str, storage: Storage) -> None:
         self._written = FileVersion(path, storage.version(path))
@@ -70,7 +70,7 @@ class MetaContent:
 class Description(MetaContent):
     """What the variables of one checkpoint are: in the order of their names, the parts of one side by side.
 
-    The content of `.meta` files is made by the first :meth:`content`, and by the second, which keeps it: most file
+    The content of `.meta` files is made by the first :meth:`write`, and by the second, which keeps it: most file
     systems let later files be other names of the first, and never ask again.
     """
 
@@ -80,15 +80,17 @@ class Description(MetaContent):
         self._content: bytearray | None = None
         self._was_asked = False
 
-    def content(self) -> bytearray:
-        """The bytes of a `.meta` file.  Without devices: one that is missing would keep TensorFlow from restoring."""
-        if self._content is not None:
-            return self._content
-        content = self._serialized(None, None, clear_devices=True)
-        if self._was_asked:
+    def write(self, emit: Emit) -> None:
+        """Without devices: one that is missing would keep TensorFlow from restoring."""
+        if self._content is None and self._was_asked:
+            content = bytearray()
+            self._serialize(content.extend, None, None, clear_devices=True)
             self._content = content
         self._was_asked = True
-        return content
+        if self._content is not None:
+            emit(self._content)
+        else:
+            self._serialize(emit, None, None, clear_devices=True)
 
     def meta_graph(
         self,
@@ -98,19 +100,22 @@ class Description(MetaContent):
         clear_devices: bool = False,
     ) -> MetaGraphDef:
         """See :meth:`gpusaver.Saver.export_meta_graph`."""
-        octets = self._serialized(collection_list, export_scope, clear_devices=clear_devices)
+        octets = bytearray()
+        self._serialize(octets.extend, collection_list, export_scope, clear_devices=clear_devices)
         return MetaGraphDef.FromString(bytes(octets))
 
-    def _serialized(
-        self, collection_list: Collection[str] | None, export_scope: str | None, *, clear_devices: bool
-    ) -> bytearray:
+    def _serialize(
+        self, emit: Emit, collection_list: Collection[str] | None, export_scope: str | None, *, clear_devices: bool
+    ) -> None:
         scope = f"{export_scope.rstrip('/')}/" if export_scope else ""
-        saveables = [
-            Saveable(key, variable._replace(name=variable.name.removeprefix(scope)))
-            for key, variable in self._saveables()
-            if variable.name.startswith(scope)
-        ]
-        return variables_meta_graph(
+        saveables = self._saveables()
+        if scope:
+            saveables = [
+                Saveable(key, variable._replace(name=variable.name.removeprefix(scope)))
+                for key, variable in saveables
+                if variable.name.startswith(scope)
+            ]
+        variables_meta_graph(
             saveables,
             scope=self._options.name,
             sharded=self._options.sharded,
@@ -120,6 +125,7 @@ class Description(MetaContent):
             max_to_keep=self._options.max_to_keep,
             keep_checkpoint_every_n_hours=self._options.hours,
             clear_devices=clear_devices,
+            emit=emit,
         )
 
     def saver_def(self) -> SaverDef:

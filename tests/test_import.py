@@ -17,9 +17,9 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 #: `secrets` and `difflib` alone cost a tenth of all.
 ALLOWED = frozenset(
     """gpusaver google numpy
-    __future__ _bisect _colorize _heapq _json _locale _queue _random _sha2 _sha512 _string atexit base64 binascii bisect
-    calendar concurrent dataclasses datetime errno fcntl gc heapq json logging mmap queue random signal string threading
-    traceback zlib""".split()
+    __future__ _bisect _colorize _heapq _json _locale _queue _random _sha2 _sha512 _string array atexit base64 binascii
+    bisect calendar concurrent dataclasses datetime errno fcntl gc heapq json logging mmap queue random signal string
+    threading traceback zlib""".split()
 )
 
 

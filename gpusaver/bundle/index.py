@@ -197,7 +197,7 @@ class IndexTemplate:
         self._data = np.frombuffer(writer.finish(), np.uint8)
         self._blocks = writer.data_blocks
         has_crc = np.array(have_crcs, np.bool_)
-        self._places = (np.array(ends, np.int64)[has_crc, None] - 4) + np.arange(4)
+        self._places = np.array(ends, np.int64)[has_crc] - 4
         self._has_crc = has_crc
 
     def fill(self, masked: npt.NDArray[np.uint32], make_entries: Callable[[], Iterable[tuple[bytes, Entry]]]) -> bytes:
@@ -212,7 +212,8 @@ class IndexTemplate:
                 [(key, entry if entry.slices else entry._replace(crc=crc)) for (key, entry), crc in pairs],
             )
         data = self._data.copy()
-        data[self._places] = masked[self._has_crc].astype("<u4").view(np.uint8).reshape(-1, 4)
+        for number, octets in enumerate(masked[self._has_crc].astype("<u4").view(np.uint8).reshape(-1, 4).T):
+            data[self._places + number] = octets
         for offset, nbytes in self._blocks:
             end = offset + nbytes
             data[end : end + TRAILER_NBYTES] = np.frombuffer(block_trailer(data[offset:end].data), np.uint8)

@@ -6,7 +6,7 @@ the absence of everything TensorFlow can do without keep a file of 10,000 variab
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from gpusaver.bundle.coding import field, varint
 from gpusaver.metagraph.collections import GLOBAL_STEP, TRAINABLE_VARIABLES, VARIABLES
@@ -24,6 +24,8 @@ from gpusaver.tensor import DataType
 _NODE, _GRAPH_DEF = b"\x0a", b"\x12"
 _COLLECTION_ENTRY, _KEY, _COLLECTION_DEF, _BYTES_LIST, _VALUE = b"\x22", b"\x0a", b"\x12", b"\x12", b"\x0a"
 
+_PIECE_NBYTES = 1 << 18
+
 #: Of the graph: what TensorFlow 1.10 wrote.  Both releases take it, and newer rules do not apply to such a graph.
 _PRODUCER = 27
 
@@ -39,13 +41,16 @@ def variables_meta_graph(
     max_to_keep: int = 0,
     keep_checkpoint_every_n_hours: float = 0.0,
     clear_devices: bool = False,
-) -> bytearray:
-    """A serialized MetaGraphDef: the variables of ``saveables`` (sorted by key), a Saver's nodes, the collections.
+    emit: Callable[[bytes | bytearray], object],
+) -> None:
+    """A MetaGraphDef: the variables of ``saveables`` (sorted by key), a Saver's nodes, the collections.
 
     ``scope``: of the Saver's nodes, as :func:`saver_scope` takes it.  ``collections``: which of "variables",
     "trainable_variables" and "global_step" to write; None: all.  ``clear_devices``: no node says where it runs.
+    ``emit`` gets it serialized, piece by piece: whole, it takes more memory than all else a save needs for a variable.
     """
-    graph = _Graph()
+    pieces = _Pieces(emit)
+    graph = _Graph(pieces.add)
     #: By collection: the values of its bytes_list, serialized.
     listed = {key: bytearray() for key in sorted((VARIABLES, TRAINABLE_VARIABLES, GLOBAL_STEP))}
     names = [variable.name for _, variable in saveables]
@@ -75,15 +80,15 @@ def variables_meta_graph(
         rest.saver_def.CopyFrom(saver_def)
     rest.saver_def.max_to_keep = max_to_keep
     rest.saver_def.keep_checkpoint_every_n_hours = keep_checkpoint_every_n_hours
-    octets = graph.finished()
-    octets += rest.SerializeToString(deterministic=True)
+    graph.finish()
+    pieces.add(rest.SerializeToString(deterministic=True))
     for key in [key for key in listed if listed[key] and (collections is None or key in collections)]:
         values = listed.pop(key)
         head = field(_KEY, key.encode()) + _COLLECTION_DEF + varint(1 + len(varint(len(values))) + len(values))
         head += _BYTES_LIST + varint(len(values))
-        octets += _COLLECTION_ENTRY + varint(len(head) + len(values)) + head
-        octets += values
-    return octets
+        pieces.add(_COLLECTION_ENTRY + varint(len(head) + len(values)) + head)
+        pieces.add(values)
+    pieces.flush()
 
 
 def saver_scope(names: Sequence[str], wanted: str | None = None) -> str:
@@ -91,20 +96,46 @@ def saver_scope(names: Sequence[str], wanted: str | None = None) -> str:
     return _free_scope(node_name(wanted or "save").replace("/", "_"), names)
 
 
-class _Graph:
-    """The field ``graph_def`` of a MetaGraphDef, serialized node by node."""
+class _Pieces:
+    """Emits octets in pieces of at least this size, but for the last one."""
 
-    def __init__(self) -> None:
+    def __init__(self, emit: Callable[[bytes | bytearray], object]) -> None:
+        self._emit = emit
+        self._octets = bytearray()
+
+    def add(self, octets: bytes | bytearray) -> None:
+        self._octets += octets
+        if len(self._octets) >= _PIECE_NBYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        octets, self._octets = self._octets, bytearray()
+        self._emit(octets)
+
+
+class _Graph:
+    """The field ``graph_def`` of a MetaGraphDef, serialized node by node.
+
+    A large one is several such fields: whoever parses them puts their nodes together.
+    """
+
+    def __init__(self, emit: Callable[[bytes | bytearray], object]) -> None:
+        self._emit = emit
         self._octets = bytearray()
 
     def append(self, node: bytes) -> None:
         self._octets += field(_NODE, node)
+        if len(self._octets) >= _PIECE_NBYTES:
+            self._flush()
 
-    def finished(self) -> bytearray:
-        octets = self._octets
-        octets += GraphDef(versions=VersionDef(producer=_PRODUCER)).SerializeToString()
-        octets[:0] = _GRAPH_DEF + varint(len(octets))
-        return octets
+    def finish(self) -> None:
+        self._octets += GraphDef(versions=VersionDef(producer=_PRODUCER)).SerializeToString()
+        self._flush()
+
+    def _flush(self) -> None:
+        octets, self._octets = self._octets, bytearray()
+        self._emit(_GRAPH_DEF + varint(len(octets)))
+        self._emit(octets)
 
 
 class _Zeros:

@@ -34,16 +34,17 @@ def node_octets(op: str, name: str, inputs: Iterable[str] = (), device: str = ""
 
     The tags are those of tensorflow/core/framework/node_def.proto (specification, section 9).
     """
-    fields = [field(b"\x0a", name.encode()), field(b"\x12", op.encode())]
-    fields += [field(b"\x1a", text.encode()) for text in inputs]
+    octets = bytearray(field(b"\x0a", name.encode()) + field(b"\x12", op.encode()))
+    for text in inputs:  # of some nodes one for each variable
+        octets += field(b"\x1a", text.encode())
     if device:
-        fields.append(field(b"\x22", device.encode()))
+        octets += field(b"\x22", device.encode())
     for key in sorted(attributes):
         value = attributes[key]
         # Of few values, in many nodes: types, shapes, flags.
         is_frequent = isinstance(value, DataType | tuple | bool)
-        fields.append(_frequent_entry(key, value) if is_frequent else _attr_entry(key, value))
-    return b"".join(fields)
+        octets += _frequent_entry(key, value) if is_frequent else _attr_entry(key, value)
+    return bytes(octets)
 
 
 def _attr_entry(key: str, value: Any) -> bytes:

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpusaver.metagraph.nodes import Names, colocated, constant, node_octets
+from gpusaver.metagraph.nodes import colocated, constant, node_octets
 from gpusaver.metagraph.tensors import tensor_proto
 from gpusaver.metagraph.variables import GraphVariable, is_fully_known, slice_spec
 from gpusaver.protos.saver_pb2 import SaverDef
@@ -107,24 +107,25 @@ def names_of_saver(scope: str, sharded: bool) -> SaverDef:
 
 
 class _Scope:
-    """Makes nodes, all below one scope; clashes get a number, as in TensorFlow."""
+    """Makes nodes, all below one scope; clashes get a number, as in TensorFlow (no base is another with a number)."""
 
     def __init__(self, scope: str, emit: Callable[[bytes], object], clear_devices: bool) -> None:
         self._scope = scope
-        self._names = Names()
+        self._counts: dict[str, int] = {}
         self._emit = emit
         self._clear_devices = clear_devices
 
     def name(self, base: str) -> str:
-        return f"{self._scope}/{self._names.unique(base)}"
+        count = self._counts[base] = self._counts.get(base, -1) + 1
+        return f"{self._scope}/{base}_{count}" if count else f"{self._scope}/{base}"
 
-    def add(self, op: str, base: str, inputs: Sequence[str], device: str = "", **attributes: Any) -> str:
+    def add(self, op: str, base: str, inputs: Iterable[str], device: str = "", **attributes: Any) -> str:
         """``inputs``: names as this returned them.  Returns the node's."""
         name = self.name(base)
         self.node(op, name, inputs, device, **attributes)
         return name
 
-    def node(self, op: str, name: str, inputs: Sequence[str], device: str = "", **attributes: Any) -> None:
+    def node(self, op: str, name: str, inputs: Iterable[str], device: str = "", **attributes: Any) -> None:
         self._emit(node_octets(op, name, inputs, "" if self._clear_devices else device, **attributes))
 
     def const(self, name: str, value: Any, device: str = "") -> None:
@@ -136,7 +137,7 @@ class _Scope:
         return name
 
     def checkpoint_op(
-        self, op: str, first: str, saveables: Sequence[Saveable], values: Sequence[str], device: str
+        self, op: str, first: str, saveables: Sequence[Saveable], values: Iterable[str], device: str
     ) -> str:
         """SaveV2 or RestoreV2, after the constants that name what it moves."""
         name = self.name(op)
@@ -146,7 +147,7 @@ class _Scope:
         self.const(names, _strings(keys), device)
         self.const(slices, _strings(specs), device)
         dtypes = [saveable.variable.dtype for saveable in saveables]
-        self.node(op, name, [first, names, slices, *values], device, dtypes=dtypes)
+        self.node(op, name, itertools.chain((first, names, slices), values), device, dtypes=dtypes)
         return name
 
 
@@ -154,8 +155,8 @@ def _strings(items: Sequence[str]) -> TensorProto:
     return tensor_proto(np.array(items, object))
 
 
-def _controls(names: Sequence[str]) -> list[str]:
-    return [f"^{name}" for name in names]
+def _controls(names: Iterable[str]) -> Iterator[str]:
+    return (f"^{name}" for name in names)
 
 
 def _after(nodes: _Scope, name: str, value: str, befores: Sequence[str], device: str = "") -> str:
@@ -164,7 +165,7 @@ def _after(nodes: _Scope, name: str, value: str, befores: Sequence[str], device:
 
 
 def _save(nodes: _Scope, filename: str, saveables: Sequence[Saveable], device: str = "") -> str:
-    values = [saveable.value for saveable in saveables]
+    values = (saveable.value for saveable in saveables)
     return nodes.checkpoint_op("SaveV2", filename, saveables, values, device)
 
 

@@ -41,11 +41,19 @@ class FileVersion(NamedTuple):
     version: Hashable
 
 
+#: Takes the bytes of a file, one piece after the other.
+Emit = Callable[[bytes | bytearray], object]
+
+
 class MetaFile(NamedTuple):
-    """A `.meta` file to be.  ``twin``: one that got the same content; if that is still so, one file serves both."""
+    """A `.meta` file to be.
+
+    ``write`` hands its content over.  ``twin``: one that got the same content; if that is still so, one file serves
+    both.
+    """
 
     path: str
-    content: Callable[[], bytes | bytearray]
+    write: Callable[[Emit], None]
     twin: FileVersion | None
 
 
@@ -235,7 +243,7 @@ class BundleCommit:
         """
         storage, final_index = self._storage, index_path(self._prefix)
         meta_file = None if meta is None else self._meta_file(meta)
-        self._write(self._temporary(final_index), index)
+        self._write(self._temporary(final_index), len(index), lambda emit: emit(index))
         if strict:
             self._read_again(index)
         for path in self.paths:
@@ -285,13 +293,21 @@ class BundleCommit:
                 if self._storage.version(self._meta_temporary) == twin.version:
                     return file
                 self._written.pop().abort()  # somebody has changed the twin
-        return self._write(self._meta_temporary, meta.content())
+        return self._write(self._meta_temporary, 0, meta.write)
 
-    def _write(self, temporary: str, content: bytes | bytearray) -> WritableFile:
-        """A small file, complete and durable under its temporary name."""
-        file = self._storage.create(temporary, len(content))
+    def _write(self, temporary: str, nbytes: int, write: Callable[[Emit], object]) -> WritableFile:
+        """A small file, complete and durable under its temporary name.  ``nbytes``: 0 where that is not known yet."""
+        file = self._storage.create(temporary, nbytes)
         self._written.append(file)
-        file.write_at(0, [memoryview(content)])
+        position = 0
+
+        def emit(content: bytes | bytearray) -> None:
+            nonlocal position
+            if content:
+                file.write_at(position, [memoryview(content)])
+            position += len(content)
+
+        write(emit)
         file.sync()
         file.close()
         return file

@@ -27,10 +27,10 @@ class ChangedError(FailedPreconditionError):
 
 
 class WritableFile(Protocol):
-    """A file of known size that nobody else sees under its final name yet."""
+    """A file that nobody else sees under its final name yet."""
 
-    #: Offsets, lengths and buffer addresses must be multiples of this (1: no demand).  Only the last write may end
-    #: beyond the file's size: the excess is cut off by :meth:`sync`.
+    #: Offsets, lengths and buffer addresses must be multiples of this.  Only the last write may end beyond the file's
+    #: size: the excess is cut off by :meth:`sync`.  1: no demand, and the file grows as it is written.
     alignment: int
     #: True if offsets must ascend, from one thread at a time (object stores).  What is left out becomes zeros.
     ordered: bool

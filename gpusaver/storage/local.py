@@ -130,7 +130,7 @@ class LocalWritableFile:
                 moved, wanted = _move(os.pwritev, self._fd, offset, [_copied(buffers)])
             if moved != wanted:
                 raise OSError(errno.EIO, "wrote nothing")
-        if offset + wanted > self._nbytes:
+        if self.alignment > 1 and offset + wanted > self._nbytes:
             self._is_padded = True
 
     def _write_mapped(self, offset: int, nbytes: int, buffers: Sequence[Buffer]) -> bool:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from meta_graph_octets import octets_of
 
-from gpusaver.metagraph.building import variables_meta_graph
 from gpusaver.metagraph.nodes import Names, as_attr, by_name, is_node_name, node, node_name, node_of, output_of
 from gpusaver.metagraph.saver_nodes import Saveable, on_host, saver_nodes
 from gpusaver.metagraph.tensors import tensor_array
@@ -141,7 +141,7 @@ def nodes_of_saver(saveables: Sequence[Saveable], **options: Any) -> tuple[list[
 
 
 def meta_graph_of(saveables: Sequence[Saveable], **options: Any) -> MetaGraphDef:
-    octets = bytes(variables_meta_graph(saveables, **options))
+    octets = octets_of(saveables, **options)
     meta_graph = MetaGraphDef.FromString(octets)
     assert meta_graph.ByteSize() == len(octets)  # nothing is unknown, said twice, or longer than it need be
     return meta_graph

