@@ -118,7 +118,7 @@ class BundleIndex:
             try:
                 entries = decode_entries(data, starts, ends, self.num_shards)
             except (DataLossError, UnimplementedError):  # one after the other, up to the one that is wrong
-                for key, start, end in zip(keys, starts, ends, strict=True):
+                for key, start, end in zip(keys, starts.tolist(), ends.tolist(), strict=True):
                     yield key, self._decode(key, data[start:end])
                 continue
             columns = [column.tolist() for column in entries.ranges]

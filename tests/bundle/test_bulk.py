@@ -33,7 +33,7 @@ def decoded(values: list[bytes]) -> list[Entry]:
     for block in (values[::2], values[1::2]):
         ends = list(itertools.accumulate(map(len, block)))
         starts = [end - len(value) for end, value in zip(ends, block, strict=True)]
-        parts.append(decode_entries(b"".join(block), starts, ends, 4))
+        parts.append(decode_entries(b"".join(block), np.array(starts, np.int64), np.array(ends, np.int64), 4))
     joined = Entries.joined(parts)
     first, second = joined[: len(values[::2])], joined[len(values[::2]) :]
     return [row for pair in itertools.zip_longest(first, second) for row in pair if row is not None]

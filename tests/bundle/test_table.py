@@ -19,6 +19,7 @@ from bundle_tools import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpusaver.bundle import table_reader
 from gpusaver.bundle.crc import crc32c, mask
 from gpusaver.bundle.table_reader import Table
 from gpusaver.bundle.table_writer import TableWriter
@@ -268,3 +269,43 @@ def test_arbitrary_bytes(data: bytes, key: bytes) -> None:
     only_our_errors(lambda: read(build_table([(b"m", data)])))
     only_our_errors(lambda: read(build_table([(b"m", build_block([(key, b"")]))], index=data)))
     only_our_errors(lambda: read(compressed_table(data)))
+
+
+def content(data: bytes, min_runs: int) -> list[Item] | str:
+    """What is in a table whose blocks are read side by side from so many runs on, or what is wrong with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_reader, "_MIN_RUNS", min_runs)
+        try:
+            return read(data)
+        except DataLossError as error:
+            return str(error)
+
+
+@given(
+    tables,
+    st.integers(1, 20),
+    st.integers(1, 30),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=3),
+)
+def test_side_by_side_is_as_one_after_the_other(
+    items: list[Item], restarts: int, block_entries: int, changes: list[tuple[int, int]]
+) -> None:
+    """Also where the bytes are wrong under a right checksum."""
+    blocks = []
+    for start in range(0, len(items), block_entries):
+        part = items[start : start + block_entries]
+        block = bytearray(build_block(part, restarts))
+        for place, octet in changes:
+            if place < len(block):
+                block[place] = octet
+        blocks.append((part[-1][0], bytes(block)))
+    data = build_table(blocks)
+    assert content(data, min_runs=1) == content(data, min_runs=sys.maxsize)
+
+
+@pytest.mark.parametrize("restarts", [1, 16, 64])
+def test_large_blocks_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch, restarts: int) -> None:
+    items = some_items(5000)
+    table = Table(written(items, block_nbytes=40_000, restart_interval=restarts, index_restart_interval=64), "t.index")
+    monkeypatch.setattr(table_reader._Block, "_read", None)
+    assert list(table.items()) == items
