@@ -369,7 +369,7 @@ class Saver:
 
     @collector_paused()
     def _leaves(self) -> Leaves:
-        leaves = flatten(self._var_list)
+        leaves = flatten(self._var_list, self._names)
         if leaves.names != self._names:
             before, now = set(self._names or ()), set(leaves.names)
             raise ValueError(

@@ -94,8 +94,9 @@ def are_contiguous(arrays: Sequence[Any]) -> list[bool]:
 
 
 def are_different(arrays: Sequence[Any]) -> bool:
-    """Whether no object is there twice; a set of them takes three times as long."""
-    return len(np.unique(np.fromiter(map(id, arrays), np.int64, len(arrays)))) == len(arrays)
+    """Whether no object is there twice; a set of them takes longer."""
+    identities = np.sort(np.fromiter(map(id, arrays), np.int64, len(arrays)))
+    return not np.any(identities[1:] == identities[:-1])
 
 
 class Runtime(Protocol):

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,10 +157,7 @@ class Checksums:
 
     def add_whole(self, tensors: Sequence[int], octets: memoryview, ends: Sequence[int]) -> None:
         """The same for whole tensors side by side, each of which ends there in ``octets``."""
-        starts = itertools.chain((0,), ends)
-        self._whole.update(
-            (tensor, crc32c(octets[start:end])) for tensor, start, end in zip(tensors, starts, ends, strict=False)
-        )
+        self.add_known(tensors, _checksums(octets, itertools.chain((0,), ends), ends))
 
     def add_chunk(self, chunk: Chunk, slot: memoryview) -> None:
         """Every piece of a chunk that lies in ``slot``."""
@@ -168,11 +165,10 @@ class Checksums:
         for number in chunk.cut:
             piece = chunk.piece(number)
             self.add(piece, slot[piece.offset : piece.offset + piece.nbytes])
-        places = zip(chunk.starts[whole], chunk.ends[whole], strict=True)
-        checksums = [crc32c(slot[start - begin : end - begin]) for start, end in places]
-        self.add_known(chunk.tensors[whole], checksums)
+        starts, ends = ([place - begin for place in column[whole]] for column in (chunk.starts, chunk.ends))
+        self.add_known(chunk.tensors[whole], _checksums(slot, starts, ends))
 
-    def add_known(self, tensors: Sequence[int], checksums: Sequence[int]) -> None:
+    def add_known(self, tensors: Sequence[int], checksums: Iterable[int]) -> None:
         """The same for whole tensors whose checksums somebody else has computed."""
         self._whole.update(zip(tensors, checksums, strict=True))
 
@@ -185,3 +181,8 @@ class Checksums:
             self._whole[tensor] = crc
         self._parts.clear()
         return self._whole
+
+
+def _checksums(octets: memoryview, starts: Iterable[int], ends: Iterable[int]) -> Iterable[int]:
+    """Of each ``octets[start:end]``: of small tensors the loop takes as long as the checksums."""
+    return map(crc32c, map(octets.__getitem__, map(slice, starts, ends)))
