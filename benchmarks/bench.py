@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import mmap
 import os
@@ -147,7 +148,8 @@ def run_workload(
     )
     # TensorFlow and Orbax have copies of their own, and saves take memory too; pages given back cost raw writes nothing
     # but slow all others down on a virtual machine.
-    if (needed := (len(groups) + 8) * workload.nbytes) > memory_available():
+    states = len(groups) + (12 if {"TensorFlow", "Orbax"} & set(itertools.chain(*groups)) else 8)
+    if (needed := states * workload.nbytes) > memory_available():
         os.environ[DROPS] = "1"
         say(f"  {needed / 1e9:.0f} GB of memory are not available: arrays are dropped between measurements")
     workers: list[WorkerProcess] = []

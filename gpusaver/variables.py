@@ -10,7 +10,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -272,7 +272,7 @@ class Leaf(NamedTuple):
 _leaf = functools.partial(tuple.__new__, Leaf)  # half the time of Leaf(...)
 
 
-class Leaves(Sequence[Leaf]):
+class Leaves:
     """Leaves as columns: to make an object for each takes as long as most of what is done with it."""
 
     def __init__(self, *columns: list[Any]) -> None:
@@ -318,15 +318,7 @@ class Leaves(Sequence[Leaf]):
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, number: int) -> Leaf: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> Leaves: ...
-
-    def __getitem__(self, number: int | slice) -> Leaf | Leaves:
-        if isinstance(number, slice):
-            return self.take(range(*number.indices(len(self))))
+    def __getitem__(self, number: int) -> Leaf:
         return _leaf([column[number] for column in self._columns])
 
     def __iter__(self) -> Iterator[Leaf]:
@@ -437,7 +429,7 @@ def _check_same_name(first: Leaf, second: Leaf) -> None:
         )
 
 
-def check_variables_once(leaves: Sequence[Leaf]) -> None:
+def check_variables_once(leaves: Iterable[Leaf]) -> None:
     """Raises ValueError if one Variable is there under two names: a restore could not serve both."""
     seen: dict[int, str] = {}
     for leaf in leaves:

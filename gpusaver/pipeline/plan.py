@@ -7,7 +7,7 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,7 @@ class Row(NamedTuple):
         return slice_key(key, self.part) if self.is_part and self.part is not None else key
 
 
-class Rows(Sequence[Row]):
+class Rows:
     """Rows as columns, which take a third of the memory; equal if all rows are.
 
     ``names``: of all leaves; kept by whoever made them, too.
@@ -120,15 +120,10 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, number: int) -> Row: ...
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
 
-    @overload
-    def __getitem__(self, number: slice) -> list[Row]: ...
-
-    def __getitem__(self, number: int | slice) -> Row | list[Row]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> Row:
         spec, size = self.specs[number], self.sizes.get(number)
         return Row(
             self.names[number],
