@@ -149,6 +149,7 @@ def run_workload(
     # TensorFlow and Orbax have copies of their own, and saves take memory too; pages given back cost raw writes nothing
     # but slow all others down on a virtual machine.
     states = len(groups) + (12 if {"TensorFlow", "Orbax"} & set(itertools.chain(*groups)) else 8)
+    os.environ.pop(DROPS, None)
     if (needed := states * workload.nbytes) > memory_available():
         os.environ[DROPS] = "1"
         say(f"  {needed / 1e9:.0f} GB of memory are not available: arrays are dropped between measurements")
