@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bench import read_into_page_cache
 from machine import ROOT, commit, describe_machine
 from report import print_table
 from worker import sync_tree
@@ -63,6 +64,7 @@ def measure(library: str, count: int, nbytes: int, rounds: int, directory: str) 
         save()
         sync_tree(directory)
         saves.append(time.perf_counter() - start)
+        read_into_page_cache(directory)
         start = time.perf_counter()
         restore()
         restores.append(time.perf_counter() - start)

@@ -27,7 +27,7 @@ from gpusaver.device import (
     known_dtype,
     runtimes_of,
 )
-from gpusaver.device.host import byte_bounds
+from gpusaver.device.host import address, byte_bounds
 from gpusaver.distributed.group import Group
 from gpusaver.distributed.parts import compare_parts
 from gpusaver.errors import DataLossError, Error, InvalidArgumentError, NotFoundError, UnimplementedError
@@ -205,19 +205,27 @@ def _fitting(leaves: Leaves, runtimes: Sequence[Runtime], entries: Entries, rows
 
 
 def _are_simple(arrays: Sequence[Any], runtimes: Sequence[Runtime]) -> bool:
-    """Whether each owns its memory (NumPy) or is contiguous (CuPy), and no two overlap."""
+    """Whether no two overlap, as far as that is seen quickly: of arrays that own their memory, or are contiguous."""
     if not are_different(arrays):
         return False
     is_on_host = [runtime is HOST for runtime in runtimes]
-    if not all(map(operator.is_, map(_BASE, itertools.compress(arrays, is_on_host)), itertools.repeat(None))):
-        return False
-    on_device = [array for array, is_it in zip(arrays, is_on_host, strict=True) if not is_it and array.size]
-    if not all(are_contiguous(on_device)):
-        return False
-    starts = np.array([array.data.ptr for array in on_device], np.int64)
-    ends = starts + np.array([array.nbytes for array in on_device], np.int64)
+    on_host = list(itertools.compress(arrays, is_on_host))
+    if not all(map(operator.is_, map(_BASE, on_host), itertools.repeat(None))):  # else each has its own
+        if not all(array.base is None or array.flags.c_contiguous for array in on_host):
+            return False
+        if not _are_apart(list(map(address, on_host)), on_host):
+            return False
+    on_device = list(itertools.compress(arrays, map(operator.not_, is_on_host)))
+    return all(are_contiguous(on_device)) and _are_apart([array.data.ptr for array in on_device], on_device)
+
+
+def _are_apart(addresses: Sequence[int], arrays: Sequence[Any]) -> bool:
+    """Whether no two of these arrays, without gaps in them, overlap."""
+    starts = np.array(addresses, np.int64)
+    nbytes = np.array([array.nbytes for array in arrays], np.int64)
+    starts, nbytes = starts[nbytes > 0], nbytes[nbytes > 0]
     order = np.argsort(starts)
-    return bool(np.all(ends[order[:-1]] <= starts[order[1:]]))
+    return bool(np.all((starts + nbytes)[order[:-1]] <= starts[order[1:]]))
 
 
 def _match(
