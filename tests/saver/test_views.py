@@ -38,7 +38,7 @@ def test_views_that_overlap_are_seen(prefix: str, shift: int) -> None:
     flat = np.zeros(10 * COUNT + 1)
     state = views(flat)
     state["v018"] = flat[190 + shift : 198 + shift].reshape(-1, 1)  # where v019 lies
-    with pytest.raises(InvalidArgumentError, match="v01[89] and v01[89] overlap"):
+    with pytest.raises(InvalidArgumentError, match=r"v01[89] and v01[89] overlap"):
         gpusaver.Saver(state).restore(prefix)
     assert not flat.any()
 
