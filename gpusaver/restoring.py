@@ -27,7 +27,7 @@ from gpusaver.device import (
     known_dtype,
     runtimes_of,
 )
-from gpusaver.device.host import address, byte_bounds
+from gpusaver.device.host import address, byte_bounds, own_memory
 from gpusaver.distributed.group import Group
 from gpusaver.distributed.parts import compare_parts
 from gpusaver.errors import DataLossError, Error, InvalidArgumentError, NotFoundError, UnimplementedError
@@ -39,7 +39,6 @@ from gpusaver.variables import Leaf, Leaves
 
 _log = logging.getLogger("gpusaver")
 
-_BASE = operator.attrgetter("base")
 _DTYPE = operator.attrgetter("dtype")
 
 #: Looking for near matches compares every missing name with every stored one, 50 us or so a pair.
@@ -156,12 +155,8 @@ def _add_plain(leaves: Leaves, reader: CheckpointReader, read: TensorRead) -> tu
 
     Only where no array is known to overlap another one; with arrays of other libraries nothing of it is known.
     """
-    candidates, others = leaves, Leaves()
     types = array_types()
-    if not types.issuperset(map(type, leaves.values)):
-        is_array = [type(value) in types for value in leaves.values]
-        candidates = leaves.take(list(itertools.compress(range(len(leaves)), is_array)))
-        others = leaves.take(list(itertools.compress(range(len(leaves)), map(operator.not_, is_array))))
+    candidates, others = leaves.split(list(map(types.__contains__, map(type, leaves.values))))
     arrays = candidates.values
     runtimes = runtimes_of(arrays)
     if not all(leaf.has_own_memory for leaf in others) or runtimes is None or not _are_simple(arrays, runtimes):
@@ -171,16 +166,15 @@ def _add_plain(leaves: Leaves, reader: CheckpointReader, read: TensorRead) -> tu
         return [], set(), leaves
     entries, rows = found
     fits = _fitting(candidates, runtimes, entries, rows)
-    names, ranges = candidates.names, entries.ranges
     if not all(fits):
-        numbers = list(itertools.compress(range(len(candidates)), fits))
-        others = others.merged(candidates.take([n for n, fit in enumerate(fits) if not fit]))
-        names, arrays = list(map(names.__getitem__, numbers)), list(map(arrays.__getitem__, numbers))
-        runtimes = list(map(runtimes.__getitem__, numbers))
-    if not all(fits) or rows != range(len(entries)):
-        ranges = ranges.take([row for row in itertools.compress(rows, fits) if row is not None])
-    read.plain(names, runtimes, arrays, ranges)
-    return names, set(runtimes), others
+        candidates, misfits = candidates.split(fits)
+        others = others.merged(misfits)
+        runtimes, rows = list(itertools.compress(runtimes, fits)), list(itertools.compress(rows, fits))
+    ranges = entries.ranges
+    if rows != range(len(entries)):
+        ranges = ranges.take([row for row in rows if row is not None])
+    read.plain(candidates.names, runtimes, candidates.values, ranges)
+    return candidates.names, set(runtimes), others
 
 
 def _fitting(leaves: Leaves, runtimes: Sequence[Runtime], entries: Entries, rows: Sequence[int | None]) -> list[bool]:
@@ -210,17 +204,17 @@ def _are_simple(arrays: Sequence[Any], runtimes: Sequence[Runtime]) -> bool:
         return False
     is_on_host = [runtime is HOST for runtime in runtimes]
     on_host = list(itertools.compress(arrays, is_on_host))
-    if not all(map(operator.is_, map(_BASE, on_host), itertools.repeat(None))):  # else each has its own
+    if not own_memory(on_host):
         if not all(array.base is None or array.flags.c_contiguous for array in on_host):
             return False
-        if not _are_apart(list(map(address, on_host)), on_host):
+        if not _overlap_nowhere(list(map(address, on_host)), on_host):
             return False
     on_device = list(itertools.compress(arrays, map(operator.not_, is_on_host)))
-    return all(are_contiguous(on_device)) and _are_apart([array.data.ptr for array in on_device], on_device)
+    return all(are_contiguous(on_device)) and _overlap_nowhere([array.data.ptr for array in on_device], on_device)
 
 
-def _are_apart(addresses: Sequence[int], arrays: Sequence[Any]) -> bool:
-    """Whether no two of these arrays, without gaps in them, overlap."""
+def _overlap_nowhere(addresses: Sequence[int], arrays: Sequence[Any]) -> bool:
+    """Of arrays without gaps in them."""
     starts = np.array(addresses, np.int64)
     nbytes = np.array([array.nbytes for array in arrays], np.int64)
     starts, nbytes = starts[nbytes > 0], nbytes[nbytes > 0]

@@ -301,6 +301,14 @@ class Leaves:
     def take(self, numbers: Sequence[int]) -> Leaves:
         return Leaves(*(list(map(column.__getitem__, numbers)) for column in self._columns))
 
+    def split(self, is_first: Sequence[bool]) -> tuple[Leaves, Leaves]:
+        """Those of which it is true, and the others."""
+        if all(is_first):
+            return self, Leaves()
+        numbers = range(len(self))
+        others = itertools.compress(numbers, map(operator.not_, is_first))
+        return self.take(list(itertools.compress(numbers, is_first))), self.take(list(others))
+
     def in_order(self) -> Leaves:
         """By name, as its bytes sort; those of one name as they are."""
         octets: list[Any] = self.names  # text sorts so if it is ASCII

@@ -25,6 +25,7 @@ _RELEASE_GIL_NBYTES = 64 * 1024
 
 _DTYPE = operator.attrgetter("dtype")
 _SIZE = operator.attrgetter("size")
+_BASE = operator.attrgetter("base")
 
 
 class HostRuntime:
@@ -176,6 +177,11 @@ def is_plain(array: Array) -> bool:
 @functools.cache
 def _is_little_endian(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize == 1 or dtype == little_endian(dtype)
+
+
+def own_memory(arrays: Iterable[Array]) -> bool:
+    """Whether each has memory of its own, which no other one shares: none is a view."""
+    return all(map(operator.is_, map(_BASE, arrays), itertools.repeat(None)))
 
 
 def address(array: Array) -> int:

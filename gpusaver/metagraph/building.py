@@ -50,7 +50,7 @@ def variables_meta_graph(
     ``emit`` gets it serialized, piece by piece: whole, it takes more memory than all else a save needs for a variable.
     """
     pieces = _Pieces(emit)
-    graph = _Graph(pieces.add)
+    graph = _Graph(pieces)
     #: By collection: the values of its bytes_list, serialized.
     listed = {key: bytearray() for key in sorted((VARIABLES, TRAINABLE_VARIABLES, GLOBAL_STEP))}
     names = [variable.name for _, variable in saveables]
@@ -83,11 +83,7 @@ def variables_meta_graph(
     graph.finish()
     pieces.add(rest.SerializeToString(deterministic=True))
     for key in [key for key in listed if listed[key] and (collections is None or key in collections)]:
-        values = listed.pop(key)
-        head = field(_KEY, key.encode()) + _COLLECTION_DEF + varint(1 + len(varint(len(values))) + len(values))
-        head += _BYTES_LIST + varint(len(values))
-        pieces.add(_COLLECTION_ENTRY + varint(len(head) + len(values)) + head)
-        pieces.add(values)
+        _add_collection(pieces, key, listed.pop(key))
     pieces.flush()
 
 
@@ -113,29 +109,30 @@ class _Pieces:
         self._emit(octets)
 
 
-class _Graph:
-    """The field ``graph_def`` of a MetaGraphDef, serialized node by node.
+class _Graph(_Pieces):
+    """The field ``graph_def``, node by node; a large one is several such fields, of which parsers make one."""
 
-    A large one is several such fields: whoever parses them puts their nodes together.
-    """
+    def __init__(self, pieces: _Pieces) -> None:
+        def emit(octets: bytes | bytearray) -> None:
+            pieces.add(_GRAPH_DEF + varint(len(octets)))
+            pieces.add(octets)
 
-    def __init__(self, emit: Callable[[bytes | bytearray], object]) -> None:
-        self._emit = emit
-        self._octets = bytearray()
+        super().__init__(emit)
 
     def append(self, node: bytes) -> None:
-        self._octets += field(_NODE, node)
-        if len(self._octets) >= _PIECE_NBYTES:
-            self._flush()
+        self.add(field(_NODE, node))
 
     def finish(self) -> None:
-        self._octets += GraphDef(versions=VersionDef(producer=_PRODUCER)).SerializeToString()
-        self._flush()
+        self.add(GraphDef(versions=VersionDef(producer=_PRODUCER)).SerializeToString())
+        self.flush()
 
-    def _flush(self) -> None:
-        octets, self._octets = self._octets, bytearray()
-        self._emit(_GRAPH_DEF + varint(len(octets)))
-        self._emit(octets)
+
+def _add_collection(pieces: _Pieces, key: str, values: bytearray) -> None:
+    """``values``: the content of its bytes_list."""
+    head = field(_KEY, key.encode()) + _COLLECTION_DEF + varint(1 + len(varint(len(values))) + len(values))
+    head += _BYTES_LIST + varint(len(values))
+    pieces.add(_COLLECTION_ENTRY + varint(len(head) + len(values)) + head)
+    pieces.add(values)
 
 
 class _Zeros:

@@ -107,7 +107,10 @@ def names_of_saver(scope: str, sharded: bool) -> SaverDef:
 
 
 class _Scope:
-    """Makes nodes, all below one scope; clashes get a number, as in TensorFlow (no base is another with a number)."""
+    """Makes nodes, all below one scope; clashes get a number, as in TensorFlow.
+
+    No base is another one with a number, so that counting does: :class:`Names` would keep two names a variable.
+    """
 
     def __init__(self, scope: str, emit: Callable[[bytes], object], clear_devices: bool) -> None:
         self._scope = scope

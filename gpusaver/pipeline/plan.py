@@ -19,7 +19,7 @@ from gpusaver.bundle.layout import Column, Layout, plan_layout
 from gpusaver.bundle.slices import check_tiling, slice_key
 from gpusaver.bundle.strings import encode_strings
 from gpusaver.device import HOST, Event, Runtime, admit, are_different, runtimes_of
-from gpusaver.device.host import address
+from gpusaver.device.host import address, own_memory
 from gpusaver.errors import InternalError, InvalidArgumentError
 from gpusaver.pipeline.save import Sources
 from gpusaver.tensor import TensorSlice, TensorSpec
@@ -27,7 +27,6 @@ from gpusaver.variables import Leaf, Leaves
 
 _DTYPE = operator.attrgetter("dtype")
 _SHAPE = operator.attrgetter("shape")
-_BASE = operator.attrgetter("base")
 _NBYTES = operator.attrgetter("nbytes")
 #: The masked checksum of no bytes.
 _EMPTY_CRC = mask(0)
@@ -308,7 +307,7 @@ def _are_apart(arrays: Sequence[Any], runtimes: Sequence[Runtime]) -> bool:
         if len(set(pointers) - {0}) < count:
             return False
         arrays = list(itertools.compress(arrays, is_on_host))
-    return all(map(operator.is_, map(_BASE, arrays), itertools.repeat(None)))
+    return own_memory(arrays)
 
 
 def _columns(rows: Rows) -> _Columns | None:
