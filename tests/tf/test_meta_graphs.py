@@ -16,6 +16,7 @@ import tensorflow as tf
 from meta_graph_side import v1
 
 import gpusaver
+from gpusaver.metagraph import building
 from gpusaver.metagraph.reading import read_meta_graph
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -26,6 +27,15 @@ def test_tensorflow_takes_a_save(tmp_path: Path, case: str) -> None:
     prefix, again = tmp_path / "ours", tmp_path / "again"
     ours.write(case, prefix)
     ours.check(case, prefix, again, theirs.take(str(prefix), str(again)))
+
+
+def test_tensorflow_takes_a_graph_in_several_fields(tmp_path: Path) -> None:
+    """As a large one is written, piece by piece."""
+    prefix = gpusaver.Saver({f"w{n:04d}": np.array([n]) for n in range(1500)}).save(tmp_path / "ours")
+    assert Path(f"{prefix}.meta").stat().st_size > 2 * building._PIECE_NBYTES
+    found = theirs.take(prefix, str(tmp_path / "again"))
+    assert len(found["variables"]) == 1500
+    np.testing.assert_equal(gpusaver.load(tmp_path / "again"), gpusaver.load(prefix))
 
 
 @pytest.mark.parametrize("case", ["plain", "sharded"])
