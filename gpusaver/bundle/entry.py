@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from gpusaver.bundle.coding import CACHED_SLICES, field, varint
+from gpusaver.bundle.coding import CACHED_SLICES, field, rows_at, varint
 from gpusaver.errors import DataLossError, InvalidArgumentError, UnimplementedError
 from gpusaver.protos import tensor_bundle_pb2, types_pb2
 from gpusaver.tensor import MAX_ELEMENTS, DataType, TensorSlice, TensorSpec
@@ -189,7 +189,9 @@ def decode_entries(data: bytes, starts: Column, ends: Column, num_shards: int) -
     """
     base, end = (int(starts[0]), int(ends[-1])) if len(starts) else (0, 0)  # of a block among others in the file
     first, nbytes = starts - base, ends - starts
-    octets = np.frombuffer(data[base:end] + bytes(_MARGIN), np.uint8)
+    octets = np.frombuffer(data, np.uint8)[base : end + _MARGIN]
+    if len(data) < end + _MARGIN:
+        octets = np.frombuffer(data[base:end] + bytes(_MARGIN), np.uint8)
     # As every writer orders it: dtype and shape come first, and tensors of one kind share these bytes.
     head_nbytes = 4 + octets[first + 3].astype(np.int64)
     is_usual = (octets[first] == 0x08) & (octets[first + 2] == 0x12) & (octets[first + 1] | octets[first + 3] < 128)
@@ -214,7 +216,7 @@ def decode_entries(data: bytes, starts: Column, ends: Column, num_shards: int) -
 def _decode_heads(octets: npt.NDArray[np.uint8], first: Column, nbytes: Column) -> list[tuple[TensorSpec, int]]:
     """What the ``nbytes`` octets from ``first`` on say, each; nothing where there are none."""
     number = np.arange(int(nbytes.max(initial=1)))
-    rows = octets[first[:, None] + number]
+    rows = rows_at(octets, first, len(number))
     rows *= number < nbytes[:, None]
     heads = rows.view(f"S{len(number)}").ravel().tolist()
     kinds = {head: _decode_filled_head(head) for head in set(heads)}
@@ -251,7 +253,7 @@ def _decode_tails(
         is_sound &= ~is_open
         numbers.append(number)
     is_sound &= (octets[position] == 0x35) & (position + 5 == ends)
-    crc = octets[position[:, None] + np.arange(1, 5)].view("<u4").ravel().astype(np.int64)
+    crc = rows_at(octets, position + 1, 4).view("<u4").ravel().astype(np.int64)
     return numbers[0], numbers[1], numbers[2], crc, is_sound
 
 

@@ -81,11 +81,16 @@ class BundleIndex:
         return None if value is None else self._decode(key, value)
 
     def rows(self, keys: Sequence[bytes]) -> tuple[Entries, Sequence[int | None]] | None:
-        """All entries, and the rows of these keys among them; None if that costs more than to get each alone."""
+        """Entries, and the rows of these keys among them; None if to get each alone costs less.
+
+        What has no row may still be there, or be damaged: it is to be asked for alone.
+        """
         if self._entries is None:
-            if len(keys) < _MIN_BULK_LOOKUPS or len(keys) * _BULK_ENTRY_NBYTES < self._table.nbytes:
+            if len(keys) < _MIN_BULK_LOOKUPS:
                 return None
             try:
+                if len(keys) * _BULK_ENTRY_NBYTES < self._table.nbytes:
+                    return self._some_rows(keys)
                 self._decode_all()
             except (DataLossError, UnimplementedError):
                 return None  # what is wrong is said when the entry is asked for
@@ -93,6 +98,11 @@ class BundleIndex:
         if keys == self._keys:  # nearly always, where all of a checkpoint is restored
             return self._entries, range(len(keys))
         return self._entries, list(map(self._rows.get, keys))
+
+    def _some_rows(self, keys: Sequence[bytes]) -> tuple[Entries, Sequence[int | None]]:
+        found, data, starts, ends = self._table.find(filter(None, keys))
+        rows = dict(zip(found, range(len(found)), strict=True))
+        return decode_entries(data, starts, ends, self.num_shards), list(map(rows.get, keys))
 
     @functools.cached_property
     def _rows(self) -> dict[bytes, int]:

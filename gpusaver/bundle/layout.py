@@ -185,6 +185,12 @@ def _round_up(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
 
 
+def file_order(shard: Column, offset: Column, nbytes: Column, owner: Column) -> Column:
+    """Numbers of byte ranges, shard by shard, in it owner by owner, and ascending."""
+    is_in_order = (shard[1:] == shard[:-1]) & (owner[1:] == owner[:-1]) & (offset[1:] > offset[:-1])
+    return np.arange(len(offset)) if is_in_order.all() else np.lexsort((nbytes, offset, owner, shard))
+
+
 def chunks(
     shard: Column,
     offset: Column,
@@ -205,8 +211,7 @@ def chunks(
 
     Requires: ``max_gap`` is less than ``chunk_nbytes``; a window could hold nothing else.
     """
-    is_in_order = (shard[1:] == shard[:-1]) & (owner[1:] == owner[:-1]) & (offset[1:] > offset[:-1])
-    order = np.arange(len(offset)) if is_in_order.all() else np.lexsort((nbytes, offset, owner, shard))
+    order = file_order(shard, offset, nbytes, owner)
     order = order[(nbytes[order] > 0) & ((owner[order] == only) if only is not None else True)]
     if not len(order):
         return

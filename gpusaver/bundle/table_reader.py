@@ -8,16 +8,16 @@ before it is used, so that hostile bytes cost time and memory in proportion to t
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import operator
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpusaver.bundle.coding import printable, read_varint32, read_varint64
+from gpusaver.bundle.coding import printable, read_varint32, read_varint64, rows_at
 from gpusaver.bundle.crc import crc32c, mask, unmask
 from gpusaver.bundle.table_writer import FOOTER_NBYTES, MAGIC, PLAIN, SNAPPY, TRAILER_NBYTES
 from gpusaver.errors import DataLossError, UnimplementedError
@@ -38,9 +38,15 @@ _LOOKUPS_BEFORE_DICT = 64
 _MIN_RUNS = 16
 _MAX_RUN_LENGTH = 64
 
+#: Reading the first keys of so many runs costs less than finding one among them.
+_RUNS_PER_FIRST = 32
+#: Keys that are looked up side by side take a kilobyte each meanwhile.
+_MAX_FOUND_AT_ONCE = 4096
+
 Column = npt.NDArray[np.int64]
 #: Keys, and the bytes in which the value of each lies from its start to its end.
 Columns = tuple[list[bytes], bytes, Column, Column]
+_NONE = np.zeros(0, np.int64)
 
 
 def check_end(end: bytes, size: int, name: str) -> None:
@@ -100,6 +106,31 @@ class Table:
             block = self._block(number)
             yield block.columns(last=last, upper=upper)
             last = upper
+
+    def find(self, keys: Iterable[bytes]) -> Columns:
+        """The entries of those of these keys that are there, ascending: :meth:`get` takes five times as long for each.
+
+        Some are left out where what is read is not as every writer writes it.
+        """
+        wanted: list[bytes] = []
+        runs: list[tuple[Column, Column]] = []
+        numbers = functools.partial(bisect.bisect_left, self._separators)
+        for number, group in itertools.groupby(sorted(set(keys)), numbers):
+            block = self._block(number) if number < len(self._handles) else None
+            if block is not None and block.data is self._data:
+                in_block = list(group)
+                runs.append(block.runs(in_block))
+                wanted += in_block
+        found: list[bytes] = []
+        places: list[tuple[Column, Column]] = [(_NONE, _NONE)]
+        starts, stops = (np.concatenate(column) for column in zip((_NONE, _NONE), *runs, strict=True))
+        for first in range(0, len(wanted), _MAX_FOUND_AT_ONCE):
+            part = slice(first, first + _MAX_FOUND_AT_ONCE)
+            rows, *place = _find_side_by_side(self._data, wanted[part], starts[part], stops[part])
+            found += [wanted[first + row] for row in rows]
+            places.append((place[0], place[1]))
+        starts, ends = (np.concatenate(column) for column in zip(*places, strict=True))
+        return found, self._data, starts, ends
 
     def _read_footer(self) -> tuple[tuple[int, int], tuple[int, int]]:
         size = len(self._data)
@@ -197,13 +228,13 @@ class _Block:
         if not 0 < count <= (stop - start) // 4 - 1:
             raise DataLossError(f"{name}: {stop - start} bytes do not hold {count} restarts")
         end = stop - 4 * (count + 1)
-        restarts = struct.unpack_from(f"<{count}I", data, end)
+        restarts = np.frombuffer(data, "<u4", count, end).astype(np.int64)
         if restarts[0] != 0 or (count > 1 and restarts[-1] >= end - start):
             raise DataLossError(f"{name}: its restarts lie outside its entries")
-        if any(first >= second for first, second in itertools.pairwise(restarts)):
+        if not (restarts[1:] > restarts[:-1]).all():
             raise DataLossError(f"{name}: its restarts do not ascend")
         #: Entries from bounds[i] up to bounds[i + 1] form a run whose first key is stored whole.
-        self._bounds = [start + offset for offset in restarts] + [end]
+        self._bounds = [*(restarts + start).tolist(), end]
         self._key_allowance = KEY_EXPANSION * (stop - start) + key_allowance
         self._lookups = 0
         self._all: dict[bytes, bytes] | None = None
@@ -214,13 +245,33 @@ class _Block:
             self._all = dict(self.entries())
         if self._all is not None:
             return self._all.get(key)
-        # The key can only be in the last of the runs that do not begin after it.
-        run = bisect.bisect_right(range(len(self._bounds) - 1), key, key=self._first_key) - 1
-        if run >= 0:
-            found, starts, ends = self._read(run, until=key)
-            if found and found[-1] == key:
-                return self.data[starts[-1] : ends[-1]]
-        return None
+        found, starts, ends = self._read(self._run(key), until=key)
+        return self.data[starts[-1] : ends[-1]] if found and found[-1] == key else None
+
+    def runs(self, keys: Sequence[bytes]) -> tuple[Column, Column]:
+        """Where the run begins, and where it ends, that would have each key."""
+        bounds = np.array(self._bounds)
+        firsts = self._first_keys(bounds) if len(keys) * _RUNS_PER_FIRST > len(bounds) else None
+        if firsts is None:
+            runs = list(map(self._run, keys))
+        else:
+            runs = [max(0, bisect.bisect_right(firsts, key) - 1) for key in keys]
+        return bounds[:-1][runs], bounds[1:][runs]
+
+    def _first_keys(self, bounds: Column) -> list[bytes] | None:
+        """Of all runs, without zeros at their ends; None for what another may have written."""
+        octets, starts = np.frombuffer(self.data, np.uint8), bounds[:-1]
+        shared, nbytes, value_nbytes = (octets.take(starts + n, mode="clip").astype(np.int64) for n in range(3))
+        if (shared | (nbytes | value_nbytes) // 128).any() or (starts + 3 + nbytes + value_nbytes > bounds[1:]).any():
+            return None
+        number = np.arange(int(nbytes.max()) + 1)
+        letters = rows_at(octets, starts + 3, len(number))
+        letters *= number < nbytes[:, None]
+        return letters.view(f"S{len(number)}").ravel().tolist()
+
+    def _run(self, key: bytes) -> int:
+        """The last that does not begin after the key; the first, if all do."""
+        return max(0, bisect.bisect_right(range(len(self._bounds) - 1), key, key=self._first_key) - 1)
 
     def _first_key(self, run: int) -> bytes:
         start, end = self._bounds[run], self._bounds[run + 1]
@@ -281,7 +332,7 @@ class _Block:
         number = np.arange(key_nbytes.max())
         if not len(number) or max(shared.sum(), key_nbytes.size * len(number)) > self._key_allowance:
             return None
-        letters = octets.take(origins[..., None] + number, mode="clip")
+        letters = rows_at(octets, origins, len(number))
         for step in range(1, len(steps)):
             np.copyto(letters[:, step], letters[:, step - 1], where=number < shared[:, step, None])
         letters *= number < key_nbytes[..., None]
@@ -342,3 +393,39 @@ class _Block:
         except DataLossError as error:
             raise DataLossError(f"{self._name}: {error}") from error
         return shared, unshared, value_nbytes, position
+
+
+def _find_side_by_side(
+    data: bytes, keys: Sequence[bytes], position: Column, stops: Column
+) -> tuple[list[int], Column, Column]:
+    """Which of the keys are found in their runs, which begin and end there, and where the value of each lies.
+
+    ``common``: as many octets of the key before ``position`` are those of the wanted one, and the next is below.  A key
+    that shares more with it differs there as well, one that shares less is above; only the others must be compared.
+    """
+    octets = np.frombuffer(data, np.uint8)
+    wanted_nbytes = np.fromiter(map(len, keys), np.int64, len(keys))
+    number = np.arange(int(wanted_nbytes.max(initial=0)) + 1)
+    wanted = np.array(keys, f"S{len(number)}").view(np.uint8).reshape(len(keys), len(number))
+    rows = np.arange(len(keys))
+    common = key_nbytes = np.zeros(len(keys), np.int64)
+    found = [(rows[:0], rows[:0], rows[:0])]
+    while len(rows):
+        shared, unshared, value_nbytes = (octets.take(position + n, mode="clip").astype(np.int64) for n in range(3))
+        start = position + 3 + unshared
+        end = start + value_nbytes
+        is_open = (position + 3 <= stops) & (end <= stops) & (shared | unshared | value_nbytes < 128)
+        is_open &= (shared >= common) & (shared <= key_nbytes)
+        key_nbytes = shared + unshared
+        letters = rows_at(octets, (position + 3 - shared).clip(0, len(octets)), len(number))
+        is_same = (letters == wanted) | (number < shared[:, None])
+        is_same &= number < np.minimum(key_nbytes, wanted_nbytes)[:, None]
+        common = np.where(shared == common, is_same.argmin(axis=1), common)
+        is_found = is_open & (common == wanted_nbytes) & (key_nbytes == wanted_nbytes)
+        found.append((rows[is_found], start[is_found], end[is_found]))
+        is_open &= ~is_found
+        rows, stops, wanted, wanted_nbytes = rows[is_open], stops[is_open], wanted[is_open], wanted_nbytes[is_open]
+        position, common, key_nbytes = end[is_open], common[is_open], key_nbytes[is_open]
+    rows, starts, ends = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(rows)
+    return rows[order].tolist(), starts[order], ends[order]

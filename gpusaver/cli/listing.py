@@ -151,3 +151,7 @@ class _WatchedFile:
     def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self._file.read_into(offset, buffers)
         self._count(sum(buffer.nbytes for buffer in buffers))
+
+    def read_each(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
+        self._file.read_each(offsets, buffers)
+        self._count(sum(buffer.nbytes for buffer in buffers))

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,8 @@ import numpy.typing as npt
 
 from gpusaver.bundle.crc import combine, crc32c, unmask
 from gpusaver.bundle.entry import Entry, Ranges
-from gpusaver.bundle.layout import Chunk, chunks
-from gpusaver.device import HOST, Checking, Runtime, Transfer
+from gpusaver.bundle.layout import Chunk, Piece, chunks, file_order
+from gpusaver.device import HOST, Checking, Runtime, Transfer, Transfers
 from gpusaver.device.host import address, is_plain
 from gpusaver.errors import DataLossError
 from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, transfers, vectored_buffers
@@ -26,6 +27,8 @@ from gpusaver.tensor import Buffer
 #: else than a multiple of this (docs/performance.md): larger pieces are read into the slot and copied from there.
 _COPY_ALIGNMENT = 64
 _STAGED_NBYTES = 256 * 1024
+#: Of tensors that lie apart, and are shorter than that, so many are one job at most.
+_SCATTERED_COUNT = 128
 #: Where there are many in a chunk, none is so large that looking at each would pay.
 _FEW_PIECES = 64
 #: Reading through a gap of this size costs less than a second read.
@@ -128,7 +131,6 @@ def read_entries(
     ``describe(shard)`` names the data file in errors.  With ``keep=False`` everything is read and verified, nothing
     is written.  Raises DataLossError with ``modified`` set; OutOfRangeError if a file ends early.
     """
-    ranges = reads.ranges
     devices = {runtime.name: runtime for runtime in reads.runtimes if runtime is not HOST} if keep else {}
     verifier = _Verifier(reads, describe)
     if devices and threads > 1:
@@ -136,7 +138,7 @@ def read_entries(
         threads = max(threads, min(cpu_count(), ring.count))
     splitting, nbytes = threading.Lock(), 0
 
-    def read(chunk: Chunk, slot: LazySlot) -> None:
+    def read(chunk: Chunk | _Scattered, slot: LazySlot) -> None:
         runtime = reads.runtimes[chunk.tensors[0]]
         if keep:
             # Before reading: what fails half-way has overwritten something, and so have the neighbours of the damaged.
@@ -144,19 +146,24 @@ def read_entries(
         if keep and runtime is not HOST:
             _read_to_device(chunk, reads, runtime, files[chunk.shard], slots.ring(runtime), verifier)
             return
+        if isinstance(chunk, _Scattered):
+            places = [reads.arrays[tensor] for tensor in chunk.tensors] if keep else _places(chunk, slot.get())
+            files[chunk.shard].read_each(chunk.offsets, places)
+            verifier.check_whole(chunk.tensors, places)
+            return
         views = _views(chunk, reads) if keep else [None] * len(chunk.tensors)
         staged = slot.get() if any(view is None for view in views) else None
         files[chunk.shard].read_into(chunk.offset, vectored_buffers(chunk, views, staged, _SINK))
         if staged is None:
             verifier.check(chunk, views)
             return
-        places = zip(_places(chunk, staged), views, strict=True)
-        verifier.check(chunk, [place if view is None else view for place, view in places])
+        pairs = zip(_places(chunk, staged), views, strict=True)
+        verifier.check(chunk, [place if view is None else view for place, view in pairs])
         if keep:
             with splitting if _splits_elements(chunk, reads) else contextlib.nullcontext():
                 HOST.from_slot(_staged_parts(chunk, reads, views), staged)
 
-    def counted(parts: Iterator[Chunk]) -> Iterator[Chunk]:
+    def counted(parts: Iterable[Chunk | _Scattered]) -> Iterator[Chunk | _Scattered]:
         nonlocal nbytes
         for chunk in parts:
             nbytes += chunk.nbytes
@@ -164,8 +171,13 @@ def read_entries(
 
     try:
         gap = _MAX_GAP if max_gap is None else max_gap
+        scattered, parts = _jobs(reads, gap)
         with verifier.devices(devices.values()):
-            work_off(counted(chunks(*ranges[:3], _owners(reads), CHUNK_NBYTES, max_gap=gap)), read, slots, threads)
+            # Short reads of what is in memory are no faster from two threads: they take turns for the interpreter.
+            is_local = all(file.parallel_reads == 1 for file in files.values())
+            work_off(counted(scattered), read, slots, 1 if is_local else threads)
+            if parts is not None:
+                work_off(counted(parts), read, slots, threads)
             verifier.finish()
     except DataLossError as error:
         raise DataLossError(error.message, modified=verifier.modified if keep else ()) from error
@@ -174,6 +186,55 @@ def read_entries(
             error.add_note(f"Variables that had been overwritten by then: {', '.join(verifier.modified[:20])}")
         raise
     return ReadResult(nbytes, verifier.unchecked)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scattered:
+    """Short tensors of one owner in one shard, whole and far apart: one job, but a read for each."""
+
+    shard: int
+    tensors: list[int]
+    offsets: list[int]
+    sizes: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """In a slot, one behind the other."""
+        ends = itertools.accumulate(self.sizes)
+        return [
+            Piece(tensor, 0, end - size, size) for tensor, end, size in zip(self.tensors, ends, self.sizes, strict=True)
+        ]
+
+
+def _jobs(reads: Reads, max_gap: int) -> tuple[list[_Scattered], Iterator[Chunk] | None]:
+    """Every byte of every row once.  Scattered are short plain arrays further than ``max_gap`` from all others; None if
+    they are all there is."""
+    owners = _owners(reads)
+    shard, offset, nbytes, _ = reads.ranges
+    order = file_order(shard, offset, nbytes, owners)
+    order = order[nbytes[order] > 0]
+    place = np.stack((shard, owners))
+    first, second = order[:-1], order[1:]
+    is_near = (place[:, first] == place[:, second]).all(axis=0)
+    is_near &= offset[second] - offset[first] - nbytes[first] <= max_gap
+    is_scattered = np.array(reads.is_plain, np.bool_) & (nbytes < _STAGED_NBYTES)
+    is_scattered[first[is_near]] = is_scattered[second[is_near]] = False
+    rows = order[is_scattered[order]]
+    slot = np.cumsum(nbytes[rows]) // (CHUNK_NBYTES - _STAGED_NBYTES)  # in which they have room
+    is_other = (place[:, rows[1:]] != place[:, rows[:-1]]).any(axis=0) | (slot[1:] != slot[:-1])
+    changes = np.flatnonzero(is_other) + 1
+    bounds = sorted({0, len(rows), *changes.tolist(), *range(0, len(rows), _SCATTERED_COUNT)})
+    jobs = [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
+    columns = [[column.tolist() for column in (job, offset[job], nbytes[job])] for job in jobs]
+    scattered = [_Scattered(int(shard[job[0]]), *column) for job, column in zip(jobs, columns, strict=True)]
+    rest = nbytes.copy()
+    rest[rows] = 0
+    parts = chunks(shard, offset, rest, owners, CHUNK_NBYTES, max_gap=max_gap) if rest.any() else None
+    return scattered, parts
 
 
 def _staged_parts(chunk: Chunk, reads: Reads, views: Sequence[Buffer | None]) -> list[Transfer]:
@@ -186,22 +247,29 @@ def _staged_parts(chunk: Chunk, reads: Reads, views: Sequence[Buffer | None]) ->
 
 
 def _read_to_device(
-    chunk: Chunk, reads: Reads, runtime: Runtime, file: ReadableFile, ring: Ring, verifier: _Verifier
+    job: Chunk | _Scattered, reads: Reads, runtime: Runtime, file: ReadableFile, ring: Ring, verifier: _Verifier
 ) -> None:
     """By way of a pinned slot."""
     buffer = ring.acquire(_NEVER)
     try:
         slot = buffer.view
-        file.read_into(chunk.offset, [slot[: chunk.nbytes]])
-        verifier.check_rest(chunk, slot)
-        event = runtime.from_slot(transfers(chunk, [reads.arrays[tensor] for tensor in chunk.tensors]), slot)
+        arrays = [reads.arrays[tensor] for tensor in job.tensors]
+        if isinstance(job, Chunk):
+            file.read_into(job.offset, [slot[: job.nbytes]])
+            moves = transfers(job, arrays)
+        else:
+            file.read_each(job.offsets, _places(job, slot))
+            pieces = zip(arrays, job.pieces, strict=True)
+            moves = Transfers.of(Transfer(array, start, offset, nbytes) for array, (_, start, offset, nbytes) in pieces)
+        verifier.check_rest(job, slot)
+        event = runtime.from_slot(moves, slot)
         assert event is not None  # as of every device
         event.synchronize()
     finally:
         ring.release(buffer)
 
 
-def _places(chunk: Chunk, slot: memoryview) -> list[memoryview]:
+def _places(chunk: Chunk | _Scattered, slot: memoryview) -> list[memoryview]:
     return [slot[piece.offset : piece.offset + piece.nbytes] for piece in chunk.pieces]
 
 
@@ -279,12 +347,16 @@ class _Verifier:
         for number in chunk.cut:
             self._checksums.add(chunk.piece(number), buffers[number])
         whole = chunk.whole
-        tensors, checksums = chunk.tensors[whole], list(map(crc32c, buffers[whole]))
+        self.check_whole(chunk.tensors[whole], buffers[whole])
+
+    def check_whole(self, tensors: Sequence[int], buffers: Sequence[Any]) -> None:
+        """The same for whole tensors."""
+        checksums = list(map(crc32c, buffers))
         if checksums != [self._expected[tensor] for tensor in tensors]:
             for tensor, crc in zip(tensors, checksums, strict=True):
                 self._compare(tensor, crc)
 
-    def check_rest(self, chunk: Chunk, slot: memoryview) -> None:
+    def check_rest(self, chunk: Chunk | _Scattered, slot: memoryview) -> None:
         """What no device will check, of a chunk that lies in ``slot``."""
         if not self._on_device.issuperset(chunk.tensors):
             for piece in chunk.pieces:

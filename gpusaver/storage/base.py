@@ -56,6 +56,9 @@ class ReadableFile(Protocol):
     def read_into(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """Fills the buffers one after the other from ``offset`` on; OutOfRangeError if the file ends before."""
 
+    def read_each(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
+        """:meth:`read_into` for each offset, into the buffer beside it: short ones, far apart, at least one."""
+
     def close(self) -> None:
         """Idempotent."""
 

@@ -186,12 +186,27 @@ class LocalReadableFile:
                 "The file was cut short"
             )
 
+    def read_each(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
+        if self._waits(offsets[0]):
+            with contextlib.suppress(OSError):  # a hint
+                for offset, buffer in zip(offsets, buffers, strict=True):
+                    os.posix_fadvise(self._fd, offset, buffer.nbytes, os.POSIX_FADV_WILLNEED)
+        read: Callable[[int, Any, int], int] = os.preadv
+        with _translated("read", self._path):
+            for offset, buffer in zip(offsets, buffers, strict=True):
+                if read(self._fd, (buffer,), offset) != buffer.nbytes:
+                    self.read_into(offset, [buffer])  # all of it, or what is wrong
+
     def _is_cold(self, offset: int, buffers: Sequence[Buffer]) -> bool:
-        """Whether a long read has to wait for the disk; False where the system does not say.
+        """Whether a long read has to wait for the disk.
 
         Threads take turns for it: the kernel reads ahead, in large requests, of one that goes through a file in order.
         """
-        if not hasattr(os, "RWF_NOWAIT") or sum(map(_NBYTES, buffers[:2])) < _LONG_NBYTES:
+        return sum(map(_NBYTES, buffers[:2])) >= _LONG_NBYTES and self._waits(offset)
+
+    def _waits(self, offset: int) -> bool:
+        """Whether the byte there is not in memory; False where the system does not say."""
+        if not hasattr(os, "RWF_NOWAIT"):
             return False
         try:
             os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT)

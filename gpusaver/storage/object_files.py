@@ -147,6 +147,10 @@ class ReadableObject:
             _octets(buffer)[:] = data[position : position + buffer.nbytes]
             position += buffer.nbytes
 
+    def read_each(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
+        for offset, buffer in zip(offsets, buffers, strict=True):
+            self.read_into(offset, [buffer])
+
     def close(self) -> None:
         pass
 
@@ -165,6 +169,10 @@ class ReadableMemory:
                 raise OutOfRangeError(f"{self._path} ends at byte {self.size}")
             _octets(buffer)[:] = self._content[offset : offset + buffer.nbytes]
             offset += buffer.nbytes
+
+    def read_each(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
+        for offset, buffer in zip(offsets, buffers, strict=True):
+            self.read_into(offset, [buffer])
 
     def close(self) -> None:
         pass

@@ -303,6 +303,40 @@ def test_side_by_side_is_as_one_after_the_other(
     assert content(data, min_runs=1) == content(data, min_runs=sys.maxsize)
 
 
+@given(tables, st.integers(1, 20), st.integers(1, 30), st.data())
+def test_many_keys_are_found_at_once(items: list[Item], restarts: int, block_entries: int, data: st.DataObject) -> None:
+    """Some may be left out: what other writers may write."""
+    blocks = [items[start : start + block_entries] for start in range(0, len(items), block_entries)]
+    table = Table(build_table([(part[-1][0], build_block(part, restarts)) for part in blocks]), "t.index")
+    wanted = data.draw(st.lists(keys | st.sampled_from(items or [(b"", b"")]).map(lambda item: item[0]), max_size=40))
+    found, octets, starts, ends = table.find(wanted)
+    values = [octets[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    expected = sorted(item for item in items if item[0] in wanted)
+    is_usual = all(len(value) < 128 for _, value in items)
+    assert list(zip(found, values, strict=True)) == (
+        expected if is_usual else [item for item in expected if item[0] in found]
+    )
+
+
+@given(st.binary(max_size=200), st.lists(keys, max_size=20))
+def test_keys_in_arbitrary_bytes(octets: bytes, wanted: list[bytes]) -> None:
+    block = build_block([(key, b"x" * len(key)) for key in sorted(set(wanted))], 4)
+    for data in (octets, block[:20] + octets + block[20:], octets + block[-12:]):
+        only_our_errors(lambda data=data: Table(build_table([(b"\xff" * 9, data)]), "t").find(wanted))
+
+
+def test_keys_of_a_large_table_are_found_without_decoding_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = some_items(20_000)
+    table = Table(written(items, block_nbytes=40_000, index_restart_interval=64), "t.index")
+    monkeypatch.setattr(table_reader._Block, "_read", None)
+    few = [key for key, _ in items[::500]]  # of a block two or three
+    many = [key for key, _ in items[7:9000]]  # more than are looked up at a time
+    for wanted in (few, many, few + many, [b"layer/00001/v", b"layer/00001/w", b"layer/00001/x"], [b"a", b"z"], []):
+        found, _, starts, ends = table.find(reversed(wanted))
+        assert found == sorted({*wanted} & {key for key, _ in items})
+        assert len(found) == len(starts) == len(ends)
+
+
 @pytest.mark.parametrize("restarts", [1, 16, 64])
 def test_large_blocks_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch, restarts: int) -> None:
     items = some_items(5000)

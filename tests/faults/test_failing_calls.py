@@ -77,8 +77,8 @@ def shortened(call: Call, nbytes: int, perform: Callable[[], Any]) -> Any:
     """Moves no more than ``nbytes``; other calls are carried out as they are."""
     if call.name not in _MOVING:
         return perform()
-    descriptor, buffers, offset = call.args
-    return _MOVING[call.name](descriptor, [np.frombuffer(buffers[0], np.uint8)[:nbytes]], offset)
+    descriptor, buffers, offset, *flags = call.args
+    return _MOVING[call.name](descriptor, [np.frombuffer(buffers[0], np.uint8)[:nbytes]], offset, *flags)
 
 
 def mode_name(mode: tuple[str, bool]) -> str:

@@ -53,6 +53,10 @@ class MemoryFile:
             octets[:] = np.frombuffer(part, np.uint8)
             offset += len(octets)
 
+    def read_each(self, offsets: Any, buffers: Any) -> None:
+        for offset, buffer in zip(offsets, buffers, strict=True):
+            self.read_into(offset, [buffer])
+
     def close(self) -> None:
         pass
 

@@ -74,6 +74,21 @@ def test_system_calls_do_not_grow_with_the_tensors(tmp_path: Path, count: int) -
     assert sum(restored.values()) <= 14, restored
 
 
+def test_a_few_of_many_take_a_read_each_and_no_more(tmp_path: Path) -> None:
+    """And little of Python: neither the whole index is decoded nor is there an object for each read."""
+    state = {f"w{number:05d}": np.full(20_000, number, np.float32) for number in range(1000)}
+    some = dict(list(state.items())[::10])
+    with gpusaver.Saver(state) as saver:
+        prefix = saver.save(tmp_path / "k")
+    with gpusaver.Saver(some) as saver:
+        for array in some.values():
+            array[:] = -1
+        counts = system_calls(tmp_path, lambda: saver.restore(prefix))
+        assert all((state[name] == int(name[1:])).all() for name in some)
+        assert len(some) < counts["preadv"] <= len(some) + 10, counts
+        assert python_calls(lambda: saver.restore(prefix)) <= 25 * len(some) + 1500
+
+
 @pytest.mark.parametrize(
     ("direct_io", "saves", "restores"), [(False, 16, 10), (True, 9, 10)], ids=["page cache", "O_DIRECT"]
 )

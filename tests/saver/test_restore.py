@@ -192,6 +192,27 @@ def test_damage_is_found_and_what_was_overwritten_is_named(
         assert isinstance(caught.value, OSError)
 
 
+@pytest.mark.parametrize("verify", ["before", "during"])
+def test_damage_is_found_in_a_tensor_far_from_the_others(tmp_path: Path, verify: Any) -> None:
+    """Such are read one by one."""
+    model = {f"v{number:03d}": np.full(9000, 1 + number % 250, np.uint8) for number in range(1000)}
+    prefix = gpusaver.save(tmp_path / "k", model)
+    some = {name: np.zeros_like(array) for name, array in list(model.items())[::10]}
+    assert restore(prefix, some, verify=verify).restored == list(some)
+    np.testing.assert_equal(some, {name: model[name] for name in some})
+    damage(f"{prefix}.data-00000-of-00001", entry_of(prefix, "v500").offset + 8999)
+    for array in some.values():
+        array.fill(0)
+    with pytest.raises(DataLossError, match=r"k\.data-00000-of-00001: the bytes of tensor v500 are damaged") as caught:
+        restore(prefix, some, verify=verify)
+    changed = {name for name, array in some.items() if array.any()}
+    assert ("v500" in changed) == (verify == "during")
+    assert changed <= set(caught.value.modified)
+    del some["v500"]
+    restore(prefix, some, verify=verify)
+    np.testing.assert_equal(some, {name: model[name] for name in some})
+
+
 def test_what_is_short_is_found_before_a_byte_is_written(tmp_path: Path) -> None:
     prefix = gpusaver.save(tmp_path / "k", many_kinds(1))
     path = f"{prefix}.data-00000-of-00001"

@@ -62,6 +62,18 @@ class StorageContract:
         data = random.Random(1).randbytes(nbytes)
         assert self.read(storage, self.written(storage, f"{directory}/f", data)) == data
 
+    def test_short_pieces_are_read_each(self, storage: Storage, directory: str) -> None:
+        data = random.Random(1).randbytes(50_000)
+        file = storage.open(self.written(storage, f"{directory}/f", data))
+        offsets = [49_990, 0, 20_001]
+        buffers = [np.zeros(nbytes, np.uint8) for nbytes in (10, 4096, 999)]
+        file.read_each(offsets, buffers)
+        places = zip(offsets, buffers, strict=True)
+        assert all(buffer.tobytes() == data[offset : offset + buffer.nbytes] for offset, buffer in places)
+        with pytest.raises(OutOfRangeError, match="f ends at byte 50000"):
+            file.read_each([100, 49_991], buffers[:1] * 2)
+        file.close()
+
     @pytest.mark.parametrize("nbytes", [0, 5])
     def test_a_file_grows_beyond_the_size_that_was_said(self, storage: Storage, directory: str, nbytes: int) -> None:
         file = storage.create(f"{directory}/f", nbytes)
