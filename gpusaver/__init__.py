@@ -11,13 +11,11 @@ Log records go to the logger ``gpusaver``.
 
 import logging
 
+from gpusaver.checkpoint_files import checkpoint_exists, get_checkpoint_mtimes, remove_checkpoint
 from gpusaver.checkpoint_state import (
-    checkpoint_exists,
     checkpoints_iterator,
     generate_checkpoint_state_proto,
-    get_checkpoint_mtimes,
     get_checkpoint_state,
-    remove_checkpoint,
     update_checkpoint_state,
     wait_for_new_checkpoint,
 )

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from gpusaver.bundle import filenames
-from gpusaver.checkpoint_state import DEFAULT_STATE_FILENAME, PathLike, generate_checkpoint_state_proto
+from gpusaver.checkpoint_files import PathLike
+from gpusaver.checkpoint_state import DEFAULT_STATE_FILENAME, generate_checkpoint_state_proto
 from gpusaver.errors import NotFoundError
 from gpusaver.storage.base import Storage
 from gpusaver.storage.routing import check_url

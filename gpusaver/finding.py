@@ -21,7 +21,8 @@ from gpusaver import checkpoint_state
 from gpusaver.bundle import filenames
 from gpusaver.bundle.index import BundleIndex
 from gpusaver.bundle.v1 import V1Bundle
-from gpusaver.checkpoint_state import PathLike, checkpoint_times, get_checkpoint_state, v1_files
+from gpusaver.checkpoint_files import PathLike, checkpoint_exists, checkpoint_times, v1_files
+from gpusaver.checkpoint_state import get_checkpoint_state
 from gpusaver.errors import (
     DataLossError,
     Error,
@@ -127,10 +128,10 @@ def prefix_of(path: PathLike, *, storage: Storage | None = None) -> str:
     if not storage.is_directory(text):
         return text
     variables = os.path.join(text, "variables", "variables")
-    if checkpoint_state.checkpoint_exists(variables, storage=storage):
+    if checkpoint_exists(variables, storage=storage):
         return variables
     prefixes = candidates(text, None, allow_outside=False, storage=storage)
-    found = next((prefix for prefix in prefixes if checkpoint_state.checkpoint_exists(prefix, storage=storage)), None)
+    found = next((prefix for prefix in prefixes if checkpoint_exists(prefix, storage=storage)), None)
     if found is None:
         raise NotFoundError(f"no checkpoint in the directory {text}: no state file, no .index, no variables/")
     return found

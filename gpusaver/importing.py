@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpusaver.checkpoint_state import PathLike
+from gpusaver.checkpoint_files import PathLike
 from gpusaver.errors import InvalidArgumentError, ResourceExhaustedError
 from gpusaver.metagraph.reading import read_meta_graph, saved_variables
 from gpusaver.metagraph.variables import GraphVariable, is_fully_known

@@ -8,7 +8,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 
-from gpusaver.checkpoint_state import checkpoint_exists, remove_checkpoint, replace_state, state_lock, write_state
+from gpusaver.checkpoint_files import checkpoint_exists, remove_checkpoint
+from gpusaver.checkpoint_state import replace_state, state_lock, write_state
 from gpusaver.errors import Error
 from gpusaver.retention import Retention
 from gpusaver.storage.base import Storage

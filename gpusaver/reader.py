@@ -17,7 +17,8 @@ from gpusaver.bundle.index import BundleIndex
 from gpusaver.bundle.object_graph import OBJECT_GRAPH_KEY, readable_names, variable_name
 from gpusaver.bundle.table_reader import check_end
 from gpusaver.bundle.v1 import V1Bundle
-from gpusaver.checkpoint_state import PathLike, latest_checkpoint, v1_files
+from gpusaver.checkpoint_files import PathLike, v1_files
+from gpusaver.checkpoint_state import latest_checkpoint
 from gpusaver.device import HOST, Runtime, cuda_module
 from gpusaver.errors import InvalidArgumentError, NotFoundError
 from gpusaver.pipeline.assemble import Assembly, PartlyRead, Target, allocate, cut, upload

@@ -22,7 +22,7 @@ from gpusaver.bundle.entry import Entry
 from gpusaver.bundle.index import BundleIndex, encode_index
 from gpusaver.bundle.object_graph import OBJECT_GRAPH_KEY
 from gpusaver.bundle.slices import slice_key
-from gpusaver.checkpoint_state import PathLike, checkpoint_exists
+from gpusaver.checkpoint_files import PathLike, checkpoint_exists
 from gpusaver.errors import InvalidArgumentError, UnimplementedError
 from gpusaver.pipeline.chunk import CHUNK_NBYTES
 from gpusaver.pipeline.commit import BundleCommit, FileVersion

@@ -20,10 +20,7 @@ from gpusaver.arguments import (
     without_session,
 )
 from gpusaver.bundle.bulk import collector_paused
-from gpusaver.checkpoint_state import (
-    PathLike,
-    checkpoint_times,
-)
+from gpusaver.checkpoint_files import PathLike, checkpoint_times
 from gpusaver.collective import CollectiveSaving
 from gpusaver.device.inventory import nvtx
 from gpusaver.distributed.group import Group

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from gpusaver import checkpoint_files
 from gpusaver import checkpoint_state as cs
 from gpusaver.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
 from gpusaver.protos import CheckpointState
@@ -78,11 +79,11 @@ def test_golden_v1() -> None:
     directory = str(GOLDEN / "v1_tf1")
     latest = cs.latest_checkpoint(directory)
     assert latest is not None
-    assert cs.checkpoint_exists(latest)
-    assert cs.checkpoint_exists(os.path.join(directory, "legacy.ckpt"))
-    assert cs.checkpoint_exists(os.path.join(directory, "sh.ckpt-?????-of-00002"))
-    assert not cs.checkpoint_exists(os.path.join(directory, "expected-legacy.ckpt.json"))
-    assert len(cs.get_checkpoint_mtimes([os.path.join(directory, "sh.ckpt-?????-of-00002")])) == 1
+    assert checkpoint_files.checkpoint_exists(latest)
+    assert checkpoint_files.checkpoint_exists(os.path.join(directory, "legacy.ckpt"))
+    assert checkpoint_files.checkpoint_exists(os.path.join(directory, "sh.ckpt-?????-of-00002"))
+    assert not checkpoint_files.checkpoint_exists(os.path.join(directory, "expected-legacy.ckpt.json"))
+    assert len(checkpoint_files.get_checkpoint_mtimes([os.path.join(directory, "sh.ckpt-?????-of-00002")])) == 1
 
 
 @given(messages)
@@ -278,7 +279,7 @@ def test_an_empty_path_is_refused() -> None:
 def test_checkpoint_times_keep_the_prefix() -> None:
     fake("d/a", "d/b")
     os.utime("d/b.index", (7.5, 7.5))
-    (first, _), second = cs.checkpoint_times(["d/a", b"d/gone", Path("d/b")])
+    (first, _), second = checkpoint_files.checkpoint_times(["d/a", b"d/gone", Path("d/b")])
     assert first == "d/a"
     assert second == ("d/b", 7.5)
 
@@ -290,7 +291,7 @@ def test_checkpoint_times_of_files_that_vanish() -> None:
             raise NotFoundError(path)
 
     fake("d/a")
-    assert cs.checkpoint_times(["d/a"], storage=Vanishing()) == []
+    assert checkpoint_files.checkpoint_times(["d/a"], storage=Vanishing()) == []
 
 
 @pytest.mark.usefixtures("here")
@@ -306,7 +307,7 @@ def test_remove_takes_the_index_first_and_all_it_can() -> None:
             super().remove(path)
 
     with pytest.raises(PermissionDeniedError, match=r"cannot remove d/k\.index"):
-        cs.remove_checkpoint("d/k", storage=KeepingTheIndex())
+        checkpoint_files.remove_checkpoint("d/k", storage=KeepingTheIndex())
     assert removed[0] == "d/k.index"
     assert os.listdir("d") == ["k.index"]
 
@@ -316,8 +317,8 @@ def test_remove_v1() -> None:
     for name in ("old", "s-00000-of-00002", "s-00001-of-00002", "s-00000-of-00001"):
         Path(name).write_bytes((GOLDEN / "v1_tf1" / "legacy.ckpt").read_bytes())
     Path("s.meta").write_bytes(b"")  # TensorFlow cuts the shard numbers off for this one
-    cs.remove_checkpoint("old")
-    cs.remove_checkpoint("s-?????-of-00002")
+    checkpoint_files.remove_checkpoint("old")
+    checkpoint_files.remove_checkpoint("s-?????-of-00002")
     assert os.listdir(".") == ["s-00000-of-00001"]
 
 

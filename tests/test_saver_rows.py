@@ -13,7 +13,7 @@ from tables import ROWS
 from tables.scenario import Row, Scene
 
 import gpusaver
-from gpusaver import checkpoint_state
+from gpusaver import checkpoint_files, checkpoint_state
 from gpusaver.saver import Saver
 
 
@@ -27,9 +27,9 @@ class NativeScene(Scene):
             latest_checkpoint=checkpoint_state.latest_checkpoint,
             generate_checkpoint_state_proto=checkpoint_state.generate_checkpoint_state_proto,
             update_checkpoint_state=checkpoint_state.update_checkpoint_state,
-            checkpoint_exists=checkpoint_state.checkpoint_exists,
-            get_checkpoint_mtimes=checkpoint_state.get_checkpoint_mtimes,
-            remove_checkpoint=checkpoint_state.remove_checkpoint,
+            checkpoint_exists=checkpoint_files.checkpoint_exists,
+            get_checkpoint_mtimes=checkpoint_files.get_checkpoint_mtimes,
+            remove_checkpoint=checkpoint_files.remove_checkpoint,
             checkpoints_iterator=lambda *args, **kwargs: checkpoint_state.checkpoints_iterator(
                 *args, **kwargs, **clocks
             ),

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import click
 
 from gpusaver.bundle import filenames
-from gpusaver.checkpoint_state import get_checkpoint_state, remove_checkpoint, state_lock, write_state
+from gpusaver.checkpoint_files import remove_checkpoint
+from gpusaver.checkpoint_state import get_checkpoint_state, state_lock, write_state
 from gpusaver.cli import screen
 from gpusaver.cli.listing import Listed, checkpoints, regex, storage_of
 from gpusaver.cli.screen import Column, count, json_option, print_json, print_table, say

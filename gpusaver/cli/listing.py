@@ -11,7 +11,8 @@ import click
 
 from gpusaver.bundle import filenames
 from gpusaver.bundle.index import BundleIndex
-from gpusaver.checkpoint_state import checkpoint_exists, checkpoint_times, get_checkpoint_state, v1_files
+from gpusaver.checkpoint_files import checkpoint_exists, checkpoint_times, v1_files
+from gpusaver.checkpoint_state import get_checkpoint_state
 from gpusaver.errors import Error, InvalidArgumentError, NotFoundError
 from gpusaver.finding import prefix_of
 from gpusaver.reader import CheckpointReader, read_table

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gpusaver.checkpoint_state import PathLike, checkpoint_exists
+from gpusaver.checkpoint_files import PathLike, checkpoint_exists
 from gpusaver.conversion import npz, safetensors, tensorflow, torch_file
 from gpusaver.conversion.tensors import OnWritten, Source, SourceTensor
 from gpusaver.errors import InvalidArgumentError

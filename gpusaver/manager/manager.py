@@ -15,15 +15,8 @@ from typing import Any, Literal
 
 from gpusaver.arguments import fs_path, make_directory
 from gpusaver.bundle import filenames
-from gpusaver.checkpoint_state import (
-    PathLike,
-    checkpoint_exists,
-    latest_checkpoint,
-    remove_checkpoint,
-    replace_state,
-    state_lock,
-    write_state,
-)
+from gpusaver.checkpoint_files import PathLike, checkpoint_exists, remove_checkpoint
+from gpusaver.checkpoint_state import latest_checkpoint, replace_state, state_lock, write_state
 from gpusaver.errors import CancelledError, Error, NotFoundError, ResourceExhaustedError
 from gpusaver.manager.memory import Memory
 from gpusaver.manager.policy import Checkpoint, Managed, Mode, Policy

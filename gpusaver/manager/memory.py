@@ -26,7 +26,8 @@ from dataclasses import replace
 from typing import Any
 
 from gpusaver.bundle import filenames
-from gpusaver.checkpoint_state import DEFAULT_STATE_FILENAME, checkpoint_exists, checkpoint_times, get_checkpoint_state
+from gpusaver.checkpoint_files import checkpoint_exists, checkpoint_times
+from gpusaver.checkpoint_state import DEFAULT_STATE_FILENAME, get_checkpoint_state
 from gpusaver.errors import Error, NotFoundError
 from gpusaver.manager.policy import Checkpoint, Managed
 from gpusaver.storage.base import Storage, new_token, read_bytes, write_bytes

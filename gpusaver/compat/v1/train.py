@@ -1,16 +1,15 @@
 """``tf.train``."""
 
+from gpusaver.checkpoint_files import checkpoint_exists, get_checkpoint_mtimes
+from gpusaver.checkpoint_files import remove_checkpoint as _remove_checkpoint
 from gpusaver.checkpoint_state import (
-    checkpoint_exists,
     checkpoints_iterator,
     generate_checkpoint_state_proto,
-    get_checkpoint_mtimes,
     get_checkpoint_state,
     latest_checkpoint,
     update_checkpoint_state,
     wait_for_new_checkpoint,
 )
-from gpusaver.checkpoint_state import remove_checkpoint as _remove_checkpoint
 from gpusaver.compat.v1.global_steps import (
     assert_global_step,
     create_global_step,
