@@ -4,12 +4,12 @@ Every library is a process of its own (:mod:`worker`), in an environment that ha
 arrays of their own (:mod:`workloads`).  First each proves that what it restores is what it saved; that was also its
 warm-up.  Then rounds: in each, every peer saves once and restores once, in turn, each round starting with another one.
 
-Between two measurements, outside of the clock: the last files are read into the page cache, then removed, and the
-folder is synced, so that none pays for the removal of older files; and before a save, and before a restore from the
-disk, twice as much memory is taken and given back.  So each finds as much that was in use a moment before.  (What stayed
-unused a virtual machine gives back to its host, and whoever comes first pays for every page: copies out of such a page
-cache took 1.5 s for 1.5 GB, for some libraries and raw reads, in some rounds.)  Just before the clock starts every array
-is written, as by a training step.
+Between two measurements, outside of the clock: the last files are removed and the folder is synced, so that none pays
+for the removal of older ones; what is restored from the page cache is read into it anew, whoever wrote it and how; and
+before a save, before that, and before a restore from the disk, twice as much memory is taken and given back.  So each
+finds as much that was in use a moment before.  (What stayed unused a virtual machine gives back to its host, and
+whoever comes first pays for every page: copies out of such a page cache took 1.5 s for 1.5 GB, for some libraries and
+raw reads, in some rounds.)  Just before the clock starts every array is written, as by a training step.
 """
 
 from __future__ import annotations
@@ -199,6 +199,8 @@ def measure(worker: WorkerProcess, peer: str, workload: Workload, directory: str
     empty(directory)
     take_memory(2 * workload.nbytes)  # for whoever needs some beside the files
     sample = worker.ask("save", peer)
+    drop_from_page_cache(directory)
+    take_memory(2 * workload.nbytes)
     read_into_page_cache(directory)
     for order in workload.orders:
         if order != "save" and order in PEERS[peer].orders:
