@@ -221,10 +221,11 @@ def _jobs(reads: Reads, max_gap: int) -> tuple[list[_Scattered], Iterator[Chunk]
     first, second = order[:-1], order[1:]
     is_near = (place[:, first] == place[:, second]).all(axis=0)
     is_near &= offset[second] - offset[first] - nbytes[first] <= max_gap
-    is_scattered = np.array(reads.is_plain, np.bool_) & (nbytes < _STAGED_NBYTES)
+    longest = min(_STAGED_NBYTES, CHUNK_NBYTES // 2)  # several have room in a slot
+    is_scattered = np.array(reads.is_plain, np.bool_) & (nbytes < longest)
     is_scattered[first[is_near]] = is_scattered[second[is_near]] = False
     rows = order[is_scattered[order]]
-    slot = np.cumsum(nbytes[rows]) // (CHUNK_NBYTES - _STAGED_NBYTES)  # in which they have room
+    slot = np.cumsum(nbytes[rows]) // (CHUNK_NBYTES - longest)
     is_other = (place[:, rows[1:]] != place[:, rows[:-1]]).any(axis=0) | (slot[1:] != slot[:-1])
     changes = np.flatnonzero(is_other) + 1
     bounds = sorted({0, len(rows), *changes.tolist(), *range(0, len(rows), _SCATTERED_COUNT)})

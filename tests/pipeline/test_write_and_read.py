@@ -9,23 +9,26 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import gpusaver
 from gpusaver import saving
 from gpusaver.bundle import layout
+from gpusaver.bundle.entry import Entry
 from gpusaver.bundle.layout import PHASE
-from gpusaver.device import Transfer
+from gpusaver.device import HOST, Transfer
 from gpusaver.device.host import HostRuntime, address, allocate_pages
 from gpusaver.pipeline import chunk, restore, save
 from gpusaver.storage.local import LocalStorage
+from gpusaver.tensor import DataType, TensorSpec
 
 DTYPES = ["?", "u1", "<i2", ">f4", "<f8", "<c16", ml_dtypes.bfloat16]
 PLACES = ["own", "fortran", "strided", "reversed", "big-endian", "read-only"]
@@ -112,6 +115,38 @@ def test_any_subset_comes_back(
             else expected[name].tobytes()
             for name in wanted
         }
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 3000), st.integers(0, 1)), max_size=60),
+    st.randoms(use_true_random=False),
+)
+@example([(9000, 1000, 0)] * 20 + [(9000, 1000, 1)] * 20, Random(1))
+def test_jobs_read_every_byte_once_and_fit_a_slot(places: list[tuple[int, int, int]], random: Any) -> None:
+    ends, entries = [0, 0], []
+    for gap, nbytes, shard in places:
+        entries.append(Entry(TensorSpec(DataType.uint8, (nbytes,)), shard, ends[shard] + gap, nbytes, 0))
+        ends[shard] += gap + nbytes
+    random.shuffle(entries)
+    reads = restore.Reads()
+    for number, entry in enumerate(entries):
+        reads.add(entry, HOST, np.empty(entry.nbytes, np.uint8), str(number), in_place=True)
+    scattered, parts = restore._jobs(reads, 4096)
+    found = []
+    for job in scattered:
+        assert job.nbytes <= restore.CHUNK_NBYTES
+        assert [piece.offset for piece in job.pieces] == list(np.cumsum([0, *job.sizes[:-1]]))
+        found += [(tensor, 0, size) for tensor, size in zip(job.tensors, job.sizes, strict=True)]
+        assert [(entries[t].shard, entries[t].offset) for t in job.tensors] == [(job.shard, o) for o in job.offsets]
+    for part in parts or []:
+        assert part.nbytes <= restore.CHUNK_NBYTES
+        found += [(tensor, start, nbytes) for tensor, start, _, nbytes in part.pieces]
+    whole = {number: entry.nbytes for number, entry in enumerate(entries) if entry.nbytes}
+    reached = dict.fromkeys(whole, 0)
+    for tensor, start, nbytes in sorted(found):
+        assert start == reached[tensor]
+        reached[tensor] += nbytes
+    assert reached == whole
 
 
 class Watching(LocalStorage):
