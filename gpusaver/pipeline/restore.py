@@ -171,10 +171,10 @@ def read_entries(
 
     try:
         gap = _MAX_GAP if max_gap is None else max_gap
-        scattered, parts = _jobs(reads, gap)
+        # Short reads of what is in memory are no faster from two threads: they take turns for the interpreter.
+        is_local = all(file.parallel_reads == 1 for file in files.values())
+        scattered, parts = _jobs(reads, gap, _SCATTERED_COUNT if is_local else 1)
         with verifier.devices(devices.values()):
-            # Short reads of what is in memory are no faster from two threads: they take turns for the interpreter.
-            is_local = all(file.parallel_reads == 1 for file in files.values())
             work_off(counted(scattered), read, slots, 1 if is_local else threads)
             if parts is not None:
                 work_off(counted(parts), read, slots, threads)
@@ -210,9 +210,9 @@ class _Scattered:
         ]
 
 
-def _jobs(reads: Reads, max_gap: int) -> tuple[list[_Scattered], Iterator[Chunk] | None]:
-    """Every byte of every row once.  Scattered are short plain arrays further than ``max_gap`` from all others; None if
-    they are all there is."""
+def _jobs(reads: Reads, max_gap: int, count: int) -> tuple[list[_Scattered], Iterator[Chunk] | None]:
+    """Every byte of every row once.  Scattered are short plain arrays further than ``max_gap`` from all others, at most
+    ``count`` a job; None if they are all there is."""
     owners = _owners(reads)
     shard, offset, nbytes, _ = reads.ranges
     order = file_order(shard, offset, nbytes, owners)
@@ -228,7 +228,7 @@ def _jobs(reads: Reads, max_gap: int) -> tuple[list[_Scattered], Iterator[Chunk]
     slot = np.cumsum(nbytes[rows]) // (CHUNK_NBYTES - longest)
     is_other = (place[:, rows[1:]] != place[:, rows[:-1]]).any(axis=0) | (slot[1:] != slot[:-1])
     changes = np.flatnonzero(is_other) + 1
-    bounds = sorted({0, len(rows), *changes.tolist(), *range(0, len(rows), _SCATTERED_COUNT)})
+    bounds = sorted({0, len(rows), *changes.tolist(), *range(0, len(rows), count)})
     jobs = [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
     columns = [[column.tolist() for column in (job, offset[job], nbytes[job])] for job in jobs]
     scattered = [_Scattered(int(shard[job[0]]), *column) for job, column in zip(jobs, columns, strict=True)]

@@ -131,7 +131,7 @@ def test_jobs_read_every_byte_once_and_fit_a_slot(places: list[tuple[int, int, i
     reads = restore.Reads()
     for number, entry in enumerate(entries):
         reads.add(entry, HOST, np.empty(entry.nbytes, np.uint8), str(number), in_place=True)
-    scattered, parts = restore._jobs(reads, 4096)
+    scattered, parts = restore._jobs(reads, 4096, 128)
     found = []
     for job in scattered:
         assert job.nbytes <= restore.CHUNK_NBYTES

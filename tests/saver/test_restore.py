@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import gpusaver
 from gpusaver.bundle.crc import crc32c
 from gpusaver.errors import DataLossError, InvalidArgumentError, NotFoundError, OutOfRangeError
 from gpusaver.pipeline import restore as restore_pipeline
+from gpusaver.storage.local import LocalStorage
 from gpusaver.tensor import DataType
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -210,6 +212,33 @@ def test_damage_is_found_in_a_tensor_far_from_the_others(tmp_path: Path, verify:
     assert changed <= set(caught.value.modified)
     del some["v500"]
     restore(prefix, some, verify=verify)
+    np.testing.assert_equal(some, {name: model[name] for name in some})
+
+
+def test_tensors_far_apart_are_read_at_a_time_where_that_is_worth_having(tmp_path: Path) -> None:
+    """As of object stores, where each read takes long."""
+    at_a_time = threading.Barrier(4, timeout=10)
+
+    class Remote(LocalStorage):
+        def open(self, path: str, *, uncached: bool = False) -> Any:
+            file = super().open(path, uncached=uncached)
+            if ".data-" in path:
+                file.parallel_reads = 4  # type: ignore[misc]
+                for name in ("read_into", "read_each"):
+                    setattr(file, name, waiting(getattr(file, name)))
+            return file
+
+    def waiting(read: Any) -> Any:
+        def wait(*args: Any) -> None:
+            at_a_time.wait()
+            read(*args)
+
+        return wait
+
+    model = {f"v{number:03d}": np.full(9000, 1 + number % 250, np.uint8) for number in range(1000)}
+    prefix = gpusaver.save(tmp_path / "k", model)
+    some = {name: np.zeros_like(array) for name, array in list(model.items())[::10]}
+    restore(prefix, some, saver_options={"storage": Remote()})
     np.testing.assert_equal(some, {name: model[name] for name in some})
 
 
