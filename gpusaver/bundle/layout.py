@@ -141,7 +141,10 @@ class Layout:
     def chunks(self, chunk_nbytes: int, owner: int | None = None) -> Iterator[Chunk]:
         """Every byte of every tensor, or of an owner's, exactly once.  Requires: a multiple of PAGE."""
         columns = self.shard, self.offset, self.nbytes, self.owner
-        return chunks(*columns, chunk_nbytes, max_gap=PAGE, alignment=PAGE, only=owner)
+        order = file_order(*columns)
+        if owner is not None:
+            order = order[self.owner[order] == owner]
+        return chunks(*columns, chunk_nbytes, max_gap=PAGE, alignment=PAGE, order=order)
 
 
 def plan_layout(
@@ -186,9 +189,10 @@ def _round_up(value: int, alignment: int) -> int:
 
 
 def file_order(shard: Column, offset: Column, nbytes: Column, owner: Column) -> Column:
-    """Numbers of byte ranges, shard by shard, in it owner by owner, and ascending."""
+    """Numbers of byte ranges, but for empty ones: shard by shard, in it owner by owner, and ascending."""
     is_in_order = (shard[1:] == shard[:-1]) & (owner[1:] == owner[:-1]) & (offset[1:] > offset[:-1])
-    return np.arange(len(offset)) if is_in_order.all() else np.lexsort((nbytes, offset, owner, shard))
+    order = np.arange(len(offset)) if is_in_order.all() else np.lexsort((nbytes, offset, owner, shard))
+    return order[nbytes[order] > 0]
 
 
 def chunks(
@@ -200,19 +204,20 @@ def chunks(
     *,
     max_gap: int,
     alignment: int = 1,
-    only: int | None = None,
+    order: Column | None = None,
 ) -> Iterator[Chunk]:
-    """Windows of at most ``chunk_nbytes`` over the given byte ranges (of one owner), for writing or reading them.
+    """Windows of at most ``chunk_nbytes`` over the given byte ranges, for writing or reading them.
 
     A new run of windows starts where the shard or the owner changes, where the next range is more than ``max_gap``
     bytes away (not worth reading through), and where it overlaps the one before.  A run starts at a multiple of
     ``alignment``; its windows follow each other without a gap, all but the last a multiple of PAGE long if
     ``chunk_nbytes`` is.
 
+    ``order``: :func:`file_order`, or what is left of it.
     Requires: ``max_gap`` is less than ``chunk_nbytes``; a window could hold nothing else.
     """
-    order = file_order(shard, offset, nbytes, owner)
-    order = order[(nbytes[order] > 0) & ((owner[order] == only) if only is not None else True)]
+    if order is None:
+        order = file_order(shard, offset, nbytes, owner)
     if not len(order):
         return
     shards, owners, starts = shard[order], owner[order], offset[order]

@@ -113,7 +113,7 @@ class Table:
         Some are left out where what is read is not as every writer writes it.
         """
         wanted: list[bytes] = []
-        runs: list[tuple[Column, Column]] = []
+        runs = [(_NONE, _NONE)]
         numbers = functools.partial(bisect.bisect_left, self._separators)
         for number, group in itertools.groupby(sorted(set(keys)), numbers):
             block = self._block(number) if number < len(self._handles) else None
@@ -121,15 +121,15 @@ class Table:
                 in_block = list(group)
                 runs.append(block.runs(in_block))
                 wanted += in_block
+        begins, stops = map(np.concatenate, zip(*runs, strict=True))
         found: list[bytes] = []
-        places: list[tuple[Column, Column]] = [(_NONE, _NONE)]
-        starts, stops = (np.concatenate(column) for column in zip((_NONE, _NONE), *runs, strict=True))
+        values = [(_NONE, _NONE)]
         for first in range(0, len(wanted), _MAX_FOUND_AT_ONCE):
             part = slice(first, first + _MAX_FOUND_AT_ONCE)
-            rows, *place = _find_side_by_side(self._data, wanted[part], starts[part], stops[part])
+            rows, starts, ends = _find_side_by_side(self._data, wanted[part], begins[part], stops[part])
             found += [wanted[first + row] for row in rows]
-            places.append((place[0], place[1]))
-        starts, ends = (np.concatenate(column) for column in zip(*places, strict=True))
+            values.append((starts, ends))
+        starts, ends = map(np.concatenate, zip(*values, strict=True))
         return found, self._data, starts, ends
 
     def _read_footer(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -138,30 +138,19 @@ def read_entries(
         threads = max(threads, min(cpu_count(), ring.count))
     splitting, nbytes = threading.Lock(), 0
 
-    def read(chunk: Chunk | _Scattered, slot: LazySlot) -> None:
-        runtime = reads.runtimes[chunk.tensors[0]]
+    def read(job: Chunk | _Scattered, slot: LazySlot) -> None:
+        runtime, file = reads.runtimes[job.tensors[0]], files[job.shard]
         if keep:
             # Before reading: what fails half-way has overwritten something, and so have the neighbours of the damaged.
-            verifier.touched(chunk.tensors)
+            verifier.touched(job.tensors)
         if keep and runtime is not HOST:
-            _read_to_device(chunk, reads, runtime, files[chunk.shard], slots.ring(runtime), verifier)
-            return
-        if isinstance(chunk, _Scattered):
-            places = [reads.arrays[tensor] for tensor in chunk.tensors] if keep else _places(chunk, slot.get())
-            files[chunk.shard].read_each(chunk.offsets, places)
-            verifier.check_whole(chunk.tensors, places)
-            return
-        views = _views(chunk, reads) if keep else [None] * len(chunk.tensors)
-        staged = slot.get() if any(view is None for view in views) else None
-        files[chunk.shard].read_into(chunk.offset, vectored_buffers(chunk, views, staged, _SINK))
-        if staged is None:
-            verifier.check(chunk, views)
-            return
-        pairs = zip(_places(chunk, staged), views, strict=True)
-        verifier.check(chunk, [place if view is None else view for place, view in pairs])
-        if keep:
-            with splitting if _splits_elements(chunk, reads) else contextlib.nullcontext():
-                HOST.from_slot(_staged_parts(chunk, reads, views), staged)
+            _read_to_device(job, reads, runtime, file, slots.ring(runtime), verifier)
+        elif isinstance(job, _Scattered):
+            places = [reads.arrays[tensor] for tensor in job.tensors] if keep else _places(job, slot.get())
+            file.read_each(job.offsets, places)
+            verifier.check_whole(job.tensors, places)
+        else:
+            _read_to_host(job, reads if keep else None, file, slot, verifier, splitting)
 
     def counted(parts: Iterable[Chunk | _Scattered]) -> Iterator[Chunk | _Scattered]:
         nonlocal nbytes
@@ -216,7 +205,6 @@ def _jobs(reads: Reads, max_gap: int, count: int) -> tuple[list[_Scattered], Ite
     owners = _owners(reads)
     shard, offset, nbytes, _ = reads.ranges
     order = file_order(shard, offset, nbytes, owners)
-    order = order[nbytes[order] > 0]
     place = np.stack((shard, owners))
     first, second = order[:-1], order[1:]
     is_near = (place[:, first] == place[:, second]).all(axis=0)
@@ -224,7 +212,7 @@ def _jobs(reads: Reads, max_gap: int, count: int) -> tuple[list[_Scattered], Ite
     longest = min(_STAGED_NBYTES, CHUNK_NBYTES // 2)  # several have room in a slot
     is_scattered = np.array(reads.is_plain, np.bool_) & (nbytes < longest)
     is_scattered[first[is_near]] = is_scattered[second[is_near]] = False
-    rows = order[is_scattered[order]]
+    rows, others = order[is_scattered[order]], order[~is_scattered[order]]
     slot = np.cumsum(nbytes[rows]) // (CHUNK_NBYTES - longest)
     is_other = (place[:, rows[1:]] != place[:, rows[:-1]]).any(axis=0) | (slot[1:] != slot[:-1])
     changes = np.flatnonzero(is_other) + 1
@@ -232,10 +220,8 @@ def _jobs(reads: Reads, max_gap: int, count: int) -> tuple[list[_Scattered], Ite
     jobs = [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
     columns = [[column.tolist() for column in (job, offset[job], nbytes[job])] for job in jobs]
     scattered = [_Scattered(int(shard[job[0]]), *column) for job, column in zip(jobs, columns, strict=True)]
-    rest = nbytes.copy()
-    rest[rows] = 0
-    parts = chunks(shard, offset, rest, owners, CHUNK_NBYTES, max_gap=max_gap) if rest.any() else None
-    return scattered, parts
+    parts = chunks(shard, offset, nbytes, owners, CHUNK_NBYTES, max_gap=max_gap, order=others)
+    return scattered, parts if len(others) else None
 
 
 def _staged_parts(chunk: Chunk, reads: Reads, views: Sequence[Buffer | None]) -> list[Transfer]:
@@ -245,6 +231,28 @@ def _staged_parts(chunk: Chunk, reads: Reads, views: Sequence[Buffer | None]) ->
         for piece, view in zip(chunk.pieces, views, strict=True)
         if view is None
     ]
+
+
+def _read_to_host(
+    chunk: Chunk,
+    reads: Reads | None,
+    file: ReadableFile,
+    slot: LazySlot,
+    verifier: _Verifier,
+    splitting: threading.Lock,
+) -> None:
+    """Into the arrays' own memory, or by way of the slot; without ``reads`` no further than there."""
+    views = _views(chunk, reads) if reads is not None else [None] * len(chunk.tensors)
+    staged = slot.get() if any(view is None for view in views) else None
+    file.read_into(chunk.offset, vectored_buffers(chunk, views, staged, _SINK))
+    if staged is None:
+        verifier.check(chunk, views)
+        return
+    places = zip(_places(chunk, staged), views, strict=True)
+    verifier.check(chunk, [place if view is None else view for place, view in places])
+    if reads is not None:
+        with splitting if _splits_elements(chunk, reads) else contextlib.nullcontext():
+            HOST.from_slot(_staged_parts(chunk, reads, views), staged)
 
 
 def _read_to_device(
@@ -260,8 +268,7 @@ def _read_to_device(
             moves = transfers(job, arrays)
         else:
             file.read_each(job.offsets, _places(job, slot))
-            pieces = zip(arrays, job.pieces, strict=True)
-            moves = Transfers.of(Transfer(array, start, offset, nbytes) for array, (_, start, offset, nbytes) in pieces)
+            moves = Transfers.of(Transfer(array, *piece[1:]) for array, piece in zip(arrays, job.pieces, strict=True))
         verifier.check_rest(job, slot)
         event = runtime.from_slot(moves, slot)
         assert event is not None  # as of every device
