@@ -5,7 +5,8 @@ arrays of their own (:mod:`workloads`).  First each proves that what it restores
 warm-up.  Then rounds: in each, every peer saves once and restores once, in turn, each round starting with another one.
 
 Between two measurements, outside of the clock: the last files are removed and the folder is synced, so that none pays
-for the removal of older ones; what is restored from the page cache is read into it anew, whoever wrote it and how; and
+for the removal of older ones (but for "next", which counts it); what is restored from the page cache is read into it
+anew, whoever wrote it and how; and
 before a save, before that, and before a restore from the disk, twice as much memory is taken and given back.  So each
 finds as much that was in use a moment before.  (What stayed unused a virtual machine gives back to its host, and
 whoever comes first pays for every page: copies out of such a page cache took 1.5 s for 1.5 GB, for some libraries and
@@ -204,7 +205,7 @@ def measure(worker: WorkerProcess, peer: str, workload: Workload, directory: str
     read_into_page_cache(directory)
     for order in workload.orders:
         if order != "save" and order in PEERS[peer].orders:
-            if order == "cold":
+            if order in ("cold", "next"):
                 drop_from_page_cache(directory)
                 take_memory(2 * workload.nbytes)
             sample |= worker.ask(order, peer)
@@ -228,7 +229,13 @@ def summarize(
             }
         peers[peer] = {"is_ceiling": PEERS[peer].is_ceiling, **checked[peer], "figures": figures}
     ceilings = {}
-    for figure, related in (("durable", ("return", "durable", "save_cpu")), ("restore", _READ), ("cold", ("cold",))):
+    related_to = {
+        "durable": ("return", "durable", "save_cpu"),
+        "next": ("next",),
+        "restore": _READ,
+        "cold": ("cold",),
+    }
+    for figure, related in related_to.items():
         raw = [name for name, peer in peers.items() if peer["is_ceiling"] and figure in peer["figures"]]
         if not raw:
             continue

@@ -25,7 +25,7 @@ _BATCH_NBYTES = 64 << 20
 _MAX_BUFFERS = 128
 
 
-_WHOLE = frozenset({"save", "restore", "cold"})
+_WHOLE = frozenset({"save", "next", "restore", "cold"})
 _PARTS = _WHOLE | {"list", "some"}
 
 
@@ -34,7 +34,8 @@ class Peer:
 
     ``environment``: which of the driver's Pythons has the library.  ``process``: peers that name the same share one.
     ``distributions``: whose versions are reported.  ``is_ceiling``: not a library but what bounds them, and
-    ``is_written`` whether by a file.  ``orders``: what can be measured, as :mod:`worker` names it.
+    ``is_written`` whether by a file.  ``orders``: what can be measured, as :mod:`worker` names it.  ``keeps_one``:
+    saves remove the checkpoint before, of which the third is the first to be like all that follow.
     """
 
     environment: ClassVar[str] = "bench"
@@ -42,6 +43,7 @@ class Peer:
     distributions: ClassVar[tuple[str, ...]] = ()
     is_ceiling: ClassVar[bool] = False
     is_written: ClassVar[bool] = True
+    keeps_one: ClassVar[bool] = False
     orders: ClassVar[frozenset[str]] = _WHOLE
 
     def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
@@ -150,6 +152,25 @@ class GpusaverMeta(Gpusaver):
     """Each save finds an empty folder, and so writes a `.meta` file; in a training job only the first one does."""
 
     write_meta_graph = True
+
+
+class GpusaverRecycle(Gpusaver):
+    """Keeps one checkpoint, and writes over the file of the one before that."""
+
+    orders = frozenset({"save", "next"})
+    keeps_one = True
+
+    def __init__(self, arrays: Arrays, block: memoryview, directory: str) -> None:
+        super().__init__(arrays, block, directory)
+        self._saver = self._gpusaver.Saver(dict(arrays), max_to_keep=1, recycle=True)
+        self._step = 0
+
+    def save(self) -> None:
+        self._step += 1
+        self._last = self._saver.save(self.path("model.ckpt"), self._step, write_meta_graph=self.write_meta_graph)
+
+    def restore(self) -> None:
+        self._saver.restore(self._last)
 
 
 class GpusaverAsync(Gpusaver):
@@ -411,7 +432,7 @@ class Raw(Peer):
         _run_all([functools.partial(self._write_file, *part) for part in parts])
 
     def _write_file(self, name: str, block: memoryview, threads: int) -> None:
-        fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_EXCL | self.flags, 0o666)
+        fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | self.flags, 0o666)
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(fd, 0, len(block))
@@ -482,14 +503,26 @@ def _in_huge_pages(block: memoryview) -> memoryview:
 
 
 def _raw(threads: int, direct: bool) -> type[Raw]:
-    orders = frozenset({"save"}) if threads > 1 or direct else _WHOLE
+    orders = frozenset({"save", "next"}) if threads > 1 or direct else _WHOLE
     attributes = {"threads": threads, "flags": os.O_DIRECT if direct else 0, "orders": orders}
     return type("Raw", (Raw,), attributes)
 
 
 class RawTwoFiles(Raw):
-    orders = frozenset({"save"})
+    orders = frozenset({"save", "next"})
     files = 2
+
+
+class RawOver(Raw):
+    """Writes over its own file: a bound, and no checkpoint while it does."""
+
+    orders = frozenset({"save", "next"})
+    threads = 4
+    keeps_one = True
+
+
+class RawOverDirect(RawOver):
+    flags = getattr(os, "O_DIRECT", 0)
 
 
 _RAW_MODES = (False, True) if hasattr(os, "O_DIRECT") else (False,)
@@ -500,6 +533,7 @@ PEERS: dict[str, type[Peer]] = {
     "gpusaver O_DIRECT": GpusaverDirect,
     "gpusaver x2 files": GpusaverTwoFiles,
     "gpusaver and .meta": GpusaverMeta,
+    "gpusaver recycle": GpusaverRecycle,
     "gpusaver async": GpusaverAsync,
     "torch.save": Torch,
     "PyTorch DCP": Dcp,
@@ -515,4 +549,6 @@ PEERS: dict[str, type[Peer]] = {
         for direct, threads in itertools.product(_RAW_MODES, (1, 4))
     },
     "raw page cache x2 files": RawTwoFiles,
+    "raw page cache x4 over": RawOver,
+    **({"raw O_DIRECT x4 over": RawOverDirect} if True in _RAW_MODES else {}),
 }

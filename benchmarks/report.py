@@ -22,6 +22,7 @@ _MAIN = ("gpt2", "small")
 _COLUMNS = (
     ("return s", "return", 1.0, False),
     ("durable s", "durable", 1.0, True),
+    ("next s", "next", 1.0, True),
     ("restore s", "restore", 1.0, True),
     ("cold s", "cold", 1.0, True),
     ("open, list s", "list", 1.0, False),
@@ -105,8 +106,9 @@ def markdown(results: dict[str, Any], *, is_main: bool) -> str:
         f"{machine['system']} {machine['kernel']}, Python {results['python']}, "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         + f"; commit {results['commit']}. Medians of {count} rounds taken in turn. *Durable*: all files and folders "
-        "synced. *Restore*: into the existing arrays, from the page cache or *cold*. *MB more*: peak memory beyond the "
-        "arrays, pages of mapped files included. *x raw*: against the fastest plain write, or read, of the same bytes."
+        "synced. *Next*: the same while the checkpoint before lies beside it, and until that is removed. *Restore*: "
+        "into the existing arrays, from the page cache or *cold*. *MB more*: peak memory beyond the arrays, pages of "
+        "mapped files included. *x raw*: against the fastest plain write, or read, of the same bytes."
     ]
     for workload in [workload for name, workload in results["workloads"].items() if (name in _MAIN) == is_main]:
         parts += [f"**{title(workload)}**", markdown_table(*table(workload, with_range=False))]

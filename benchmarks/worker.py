@@ -4,9 +4,10 @@
 
     save torch.save     ->  {"durable": 1.25, ...}
 
-Orders: ``check`` (save, wipe, restore, compare), ``save``; and of what was saved last ``restore``, ``cold`` (the same:
+Orders: ``check`` (save, wipe, restore, compare), ``save``; of what was saved last ``restore``, ``cold`` (the same:
 the driver has seen to it that no file is in the page cache), ``list`` (opened, and all names and shapes asked for) and
-``some`` (1 % of the names restored).  The end of the input ends the process.
+``some`` (1 % of the names restored); ``next``, which saves again beside it, and removes it when the new files are
+durable, as a job that keeps one checkpoint does.  The end of the input ends the process.
 The files are always those in the directory given; the driver empties it between orders.  Peers that need no library
 share a process.
 """
@@ -17,6 +18,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -86,6 +88,25 @@ class Worker:
                 sample["durable"] = time.perf_counter() - start
         return sample
 
+    def next(self) -> dict[str, Any]:
+        peer, before, sample = self._peer, self._peer.directory, dict[str, Any]()
+        if peer.keeps_one:
+            peer.save()
+        with self._watched(sample, "next"):
+            start = time.perf_counter()
+            if not peer.keeps_one:
+                peer.directory += ".next"
+                os.mkdir(peer.directory)
+            peer.save()
+            peer.wait()
+            sync_tree(peer.directory)
+            if not peer.keeps_one:
+                shutil.rmtree(before)
+                os.rename(peer.directory, before)
+                peer.directory = before
+            sample["next"] = time.perf_counter() - start
+        return sample
+
     def read(self, order: str) -> dict[str, Any]:
         calls = {"restore": self._peer.restore, "cold": self._peer.restore, "list": self._list, "some": self._some}
         sample: dict[str, Any] = {}
@@ -134,7 +155,8 @@ def main() -> None:
             order, _, name = line.rstrip("\n").partition(" ")
             worker = workers[name]
             state.fill()
-            answer = worker.check() if order == "check" else worker.save() if order == "save" else worker.read(order)
+            orders = {"check": worker.check, "save": worker.save, "next": worker.next}
+            answer = orders[order]() if order in orders else worker.read(order)
             if drops:
                 state.drop()
             print(json.dumps(answer), file=answers)

@@ -113,8 +113,8 @@ LISTED_ONLY = frozenset(
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("gpt2", "GPT-2 small, float32, with Adam", _training_state(_gpt2_small()), (*_BOTH, "cold")),
-        Workload("small", "10,000 tensors of 1-16 KiB", _small(10_000)),
+        Workload("gpt2", "GPT-2 small, float32, with Adam", _training_state(_gpt2_small()), (*_BOTH, "cold", "next")),
+        Workload("small", "10,000 tensors of 1-16 KiB", _small(10_000), (*_BOTH, "next")),
         Workload(
             "gpt2-async",
             "GPT-2 small with Adam, asynchronously: the arrays may change after *return*",
@@ -126,7 +126,8 @@ WORKLOADS = {
             "gpt2-memory",
             "GPT-2 small with Adam, to memory (/dev/shm)",
             _training_state(_gpt2_small()),
-            peers=(*_FEW, "gpusaver x2 files", "raw page cache x2 files"),
+            (*_BOTH, "next"),
+            peers=(*_FEW, "gpusaver recycle", "gpusaver x2 files", "raw page cache x2 files", "raw page cache x4 over"),
             in_memory=True,
         ),
         Workload("small-100k", "100,000 tensors of 1-16 KiB", _small(100_000), (*_BOTH, "list", "some"), _SOME),

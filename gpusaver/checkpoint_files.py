@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gpusaver.bundle import filenames
 from gpusaver.bundle.table_writer import MAGIC
@@ -66,30 +66,39 @@ def remove_checkpoint(
     if the checkpoint is just being saved anew.
     """
     storage = storage or RoutedStorage()
-    prefix = os.fsdecode(checkpoint_prefix)
+    discard_checkpoint(storage, os.fsdecode(checkpoint_prefix), meta_graph_suffix, storage.remove)
+
+
+def discard_checkpoint(
+    storage: Storage, prefix: str, meta_graph_suffix: str, discard_data: Callable[[str], None]
+) -> None:
+    """:func:`remove_checkpoint`, with ``discard_data(path)`` for its data files."""
     try:
         lock = storage.lock(filenames.lock_path(filenames.index_path(prefix)), wait_seconds=_REMOVAL_WAIT_SECONDS)
     except NotFoundError:  # there is no such directory
         return
     except ResourceExhaustedError:  # nor any other file: removing some is just what helps
-        _remove_files(storage, prefix, meta_graph_suffix)
+        _remove_files(storage, prefix, meta_graph_suffix, storage.remove)
         return
     try:
-        _remove_files(storage, prefix, meta_graph_suffix)
+        _remove_files(storage, prefix, meta_graph_suffix, discard_data)
     finally:
         lock.release()
 
 
-def _remove_files(storage: Storage, prefix: str, meta_graph_suffix: str) -> None:
+def _remove_files(storage: Storage, prefix: str, meta_graph_suffix: str, discard_data: Callable[[str], None]) -> None:
     directory, base = os.path.split(prefix)
     data = [os.path.join(directory, name) for name in storage.list(directory) if filenames.is_data_of(name, base)]
     meta = filenames.meta_graph_path(prefix, meta_graph_suffix)
     first_error: Error | None = None
-    for path in (filenames.index_path(prefix), *data, meta, *v1_files(storage, prefix)):
-        try:
-            storage.remove(path)
-        except Error as error:
-            first_error = first_error or error
+    others = meta, *v1_files(storage, prefix)
+    steps = (storage.remove, [filenames.index_path(prefix)]), (discard_data, data), (storage.remove, others)
+    for remove, paths in steps:
+        for path in paths:
+            try:
+                remove(path)
+            except Error as error:
+                first_error = first_error or error
     if first_error is not None:
         raise first_error
 

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 
-from gpusaver.checkpoint_files import checkpoint_exists, remove_checkpoint
+from gpusaver.checkpoint_files import checkpoint_exists, discard_checkpoint
 from gpusaver.checkpoint_state import replace_state, state_lock, write_state
 from gpusaver.errors import Error
 from gpusaver.retention import Retention
@@ -18,15 +18,25 @@ _log = logging.getLogger("gpusaver")
 
 
 class CheckpointList:
-    """May be used from any thread: a save changes it from its own."""
+    """May be used from any thread: a save changes it from its own.
+
+    ``discard_data(path)`` takes away the data files of what is deleted.
+    """
 
     def __init__(
-        self, retention: Retention, storage: Storage, clock: Callable[[], float], *, save_relative_paths: bool
+        self,
+        retention: Retention,
+        storage: Storage,
+        clock: Callable[[], float],
+        *,
+        save_relative_paths: bool,
+        discard_data: Callable[[str], None],
     ) -> None:
         self.retention = retention
         self.save_relative_paths = save_relative_paths
         self._storage = storage
         self._clock = clock
+        self._discard_data = discard_data
         #: Always taken after the Saver's own lock.
         self._lock = threading.RLock()
 
@@ -63,7 +73,7 @@ class CheckpointList:
 
     def _remove(self, old: str, meta_graph_suffix: str) -> None:
         try:
-            remove_checkpoint(old, meta_graph_suffix, storage=self._storage)
+            discard_checkpoint(self._storage, old, meta_graph_suffix, self._discard_data)
         except Error as error:
             _log.warning("cannot remove the old checkpoint %s: %s", old, error)
 

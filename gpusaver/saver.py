@@ -70,7 +70,12 @@ class Saver:
     tell.)  ``incremental``: variables that do not change get data files of their own, and one that would hold what that
     of the last save holds is not written: it is another name of the same file, or on object stores a copy made there.
     Needs ``gpusaver[incremental]``.  ``"declared"``: the same, but variables with trainable=False are not hashed whole;
-    see docs/incremental.md; not with ``comm``.  ``clock``: seconds since the epoch.  ``comm``: a communicator of mpi4py
+    see docs/incremental.md; not with ``comm``.  ``recycle``: the data files (of 64 MiB or more) of a checkpoint that
+    retention gives up, or that a save replaces, are kept, and written over by the next save: disks that must find room
+    for new files, and take back that of old ones, are spared both.  So one checkpoint more than ``max_to_keep`` takes
+    up room between saves, as during them; its files have temporary names, and go when the Saver is closed or the
+    process ends.  Only on a local file system of Linux, and no file that somebody has open or that has another name;
+    not with ``comm``.  ``clock``: seconds since the epoch.  ``comm``: a communicator of mpi4py
     (``gpusaver[mpi]``), whose ranks save one checkpoint together and restore from it, each its own variables and parts
     (docs/distributed.md); then making a Saver, saving, waiting for a save, restoring and closing are collective, and
     raise the same error on every rank.  ``comm_deadline``: the seconds for which a rank that is ready waits for the
@@ -102,6 +107,7 @@ class Saver:
         staging_bytes: int = 0,
         strict: bool = False,
         incremental: bool | Literal["declared"] = False,
+        recycle: bool = False,
         check_captures: bool = False,
         storage: Storage | None = None,
         clock: Callable[[], float] = time.time,
@@ -123,9 +129,9 @@ class Saver:
         self._read_threads = 1 if restore_sequentially else READ_THREADS
         self.storage = storage or RoutedStorage()
         retention = Retention(max_to_keep, keep_checkpoint_every_n_hours, clock())
-        self._list = CheckpointList(retention, self.storage, clock, save_relative_paths=save_relative_paths)
-        if incremental and comm is not None:
-            raise ValueError("incremental: only without comm, whose ranks write one file each: incremental=False")
+        for option, value in (("incremental", incremental), ("recycle", recycle)):
+            if value and comm is not None:
+                raise ValueError(f"{option}: only without comm, whose ranks write one file each: {option}=False")
         self._saving = Saving(
             self.storage,
             direct_io,
@@ -133,6 +139,15 @@ class Saver:
             strict=strict,
             check_captures=check_captures,
             incremental=incremental,
+            recycle=recycle,
+        )
+        self.discard_data = self._saving.recycler.give_up
+        self._list = CheckpointList(
+            retention,
+            self.storage,
+            clock,
+            save_relative_paths=save_relative_paths,
+            discard_data=self.discard_data,
         )
         kept = retention.max_to_keep, retention.keep_checkpoint_every_n_hours
         self._options = SaverOptions(name, filename, sharded, reshape, *kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -20,6 +21,7 @@ from gpusaver.pipeline.commit import BundleCommit, FileVersion, ShardFiles
 from gpusaver.pipeline.incremental import Contents, Hashing, Incremental, WrittenFile, tensors_of
 from gpusaver.pipeline.plan import Item, Plan, Save
 from gpusaver.pipeline.preflight import Preflight
+from gpusaver.pipeline.recycling import Recycler
 from gpusaver.pipeline.save import Sources, checksums_now, write_chunks
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.watched import Meter
@@ -59,7 +61,7 @@ class SaveRequest(NamedTuple):
 class Saving:
     """Captures and writes, one save after the other; keeps slots, rings and snapshot memory between them.
 
-    ``direct_io``, ``staging_bytes``, ``strict``, ``check_captures`` and ``incremental`` are the Saver's.
+    ``direct_io``, ``staging_bytes``, ``strict``, ``check_captures``, ``incremental`` and ``recycle`` are the Saver's.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Saving:
         strict: bool,
         check_captures: bool,
         incremental: bool | Literal["declared"],
+        recycle: bool,
     ) -> None:
         self.slots = Slots(CHUNK_NBYTES, max(_PINNED_SLOTS, staging_bytes // CHUNK_NBYTES))
         self.storage = storage
@@ -80,6 +83,7 @@ class Saving:
         self.strict = strict
         self.check_captures = check_captures
         self.preflight = Preflight(storage)
+        self.recycler = Recycler(storage, is_on=recycle)
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
         if incremental not in (False, True, "declared"):
@@ -196,9 +200,15 @@ class Saving:
         needed = sum(shard_nbytes)
         if self._incremental is not None and self._incremental.has_files:
             needed -= sum(shard_nbytes[shard] for shard in plan.frozen_shards)
-        self.preflight.check(pending.prefix, needed, len(plan.rows), copies)
+        spare = self.recycler.expect(os.path.dirname(pending.prefix), shard_nbytes)
+        self.preflight.check(pending.prefix, needed, len(plan.rows), copies, spare)
         commit = BundleCommit(
-            self.storage, pending.prefix, shard_nbytes, direct=self.direct_io, later=plan.frozen_shards
+            self.storage,
+            pending.prefix,
+            shard_nbytes,
+            direct=self.direct_io,
+            later=plan.frozen_shards,
+            recycler=self.recycler,
         )
         try:
             contents: dict[int, Contents] = {}
@@ -350,9 +360,10 @@ class Saving:
         pending.check = check
 
     def close(self) -> None:
-        """Frees the memory.  Requires: no save is under way."""
+        """Frees the memory, and removes spare files.  Requires: no save is under way."""
         self.slots.close()
         self._snapshots.clear()
+        self.recycler.close()
 
 
 def _differ(item: Item, before: dict[int, int], now: dict[int, int]) -> bool:

@@ -12,7 +12,7 @@ from gpusaver.storage.local import LocalStorage
 
 OPERATIONS = [
     *("create", "open", "exists", "is_directory", "modified_time", "list", "make_directory"),
-    *("replace", "remove", "sync_directory", "prefers_direct", "lock", "free_nbytes"),
+    *("replace", "remove", "recycle", "reuse", "sync_directory", "prefers_direct", "lock", "free_nbytes"),
 ]
 
 KINDS: dict[str, type[Error]] = {
@@ -61,12 +61,13 @@ class FailingStorage(LocalStorage):
         return functools.partial(self._counted, name, attribute) if name in OPERATIONS else attribute
 
     def _counted(self, name: str, method: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-        path_at_stake = args[0] if name == "replace" else path
+        path_at_stake = args[0] if name in ("replace", "reuse") else path
         lost = self.count(name, path_at_stake)
         result = method(path, *args, **kwargs)
         if lost:
             self.refuse(name, path_at_stake)
-        return _File(self, path, result) if name in ("create", "open") else result
+        is_file = name in ("create", "open", "reuse") and result is not None
+        return _File(self, path_at_stake, result) if is_file else result
 
 
 class _File:

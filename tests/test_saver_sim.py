@@ -14,7 +14,9 @@ from sim.tools import late, on_device, on_host, stored, values
 
 import gpusaver
 from gpusaver.errors import FailedPreconditionError, ResourceExhaustedError
+from gpusaver.pipeline import recycling
 from gpusaver.saver import Saver
+from gpusaver.storage.local import RECYCLED_FILE_SYSTEMS, file_system
 
 
 def state(sim: Any, seed: int = 0) -> dict[str, Any]:
@@ -341,3 +343,27 @@ def test_frozen_device_arrays_are_written_once(sim, tmp_path, capture, mode):
     assert linked[1] > 300 * 500 * 4
     assert 0 < linked[2] < 300 * 500 * 4
     sim.assert_quiescent()
+
+
+@late
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_file_that_is_written_over_keeps_nothing(sim, tmp_path, monkeypatch, direct):
+    """Nor between what one owner has and what the next."""
+    if file_system(tmp_path.stat().st_dev) not in RECYCLED_FILE_SYSTEMS:
+        pytest.skip("nothing is written over on this file system")
+    monkeypatch.setattr(recycling, "RECYCLED_MIN_NBYTES", 1000)
+    variables = state(sim)
+    with (
+        Saver(variables, max_to_keep=1, direct_io=direct) as new,
+        Saver(variables, max_to_keep=1, direct_io=direct, recycle=True) as over,
+    ):
+        for step in range(4):
+            for spare in tmp_path.glob("over-*-tmp"):
+                spare.write_bytes(b"\xff" * spare.stat().st_size)
+            change(variables, step + 1)
+            files = []
+            for name, saver in (("new", new), ("over", over)):
+                saver.save(tmp_path / name, step, latest_filename=name)
+                files.append((tmp_path / f"{name}-{step}.data-00000-of-00001").read_bytes())
+            assert files[0] == files[1]
+            assert len(list(tmp_path.glob("over-*-tmp"))) == (step > 0)

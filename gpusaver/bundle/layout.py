@@ -139,12 +139,15 @@ class Layout:
         return places
 
     def chunks(self, chunk_nbytes: int, owner: int | None = None) -> Iterator[Chunk]:
-        """Every byte of every tensor, or of an owner's, exactly once.  Requires: a multiple of PAGE."""
+        """Every byte of every tensor, or of an owner's, exactly once.  Requires: a multiple of PAGE.
+
+        Those of all owners, with their gaps, are the whole shards: of a file that is written over nothing stays.
+        """
         columns = self.shard, self.offset, self.nbytes, self.owner
         order = file_order(*columns)
         if owner is not None:
             order = order[self.owner[order] == owner]
-        return chunks(*columns, chunk_nbytes, max_gap=PAGE, alignment=PAGE, order=order)
+        return chunks(*columns, chunk_nbytes, max_gap=PAGE, alignment=PAGE, within=self.shard_nbytes, order=order)
 
 
 def plan_layout(
@@ -204,6 +207,7 @@ def chunks(
     *,
     max_gap: int,
     alignment: int = 1,
+    within: Sequence[int] | None = None,
     order: Column | None = None,
 ) -> Iterator[Chunk]:
     """Windows of at most ``chunk_nbytes`` over the given byte ranges, for writing or reading them.
@@ -211,7 +215,8 @@ def chunks(
     A new run of windows starts where the shard or the owner changes, where the next range is more than ``max_gap``
     bytes away (not worth reading through), and where it overlaps the one before.  A run starts at a multiple of
     ``alignment``; its windows follow each other without a gap, all but the last a multiple of PAGE long if
-    ``chunk_nbytes`` is.
+    ``chunk_nbytes`` is.  ``within``: the size of each shard; then runs end at a multiple of ``alignment``, too, or
+    there.
 
     ``order``: :func:`file_order`, or what is left of it.
     Requires: ``max_gap`` is less than ``chunk_nbytes``; a window could hold nothing else.
@@ -226,21 +231,30 @@ def chunks(
     breaks = (shards[1:] != shards[:-1]) | (owners[1:] != owners[:-1]) | (gaps > max_gap) | (gaps < 0)
     bounds = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(order)]
     for first, last in itertools.pairwise(bounds):
+        end, run_shard = int(ends[last - 1]), int(shards[first])
         yield from _windows(
-            int(shards[first]),
+            run_shard,
             int(owners[first]),
             order[first:last].tolist(),
             starts[first:last].tolist(),
             ends[first:last].tolist(),
             chunk_nbytes,
             alignment,
+            end if within is None else min(_round_up(end, alignment), within[run_shard]),
         )
 
 
 def _windows(
-    shard: int, owner: int, tensors: list[int], starts: list[int], ends: list[int], chunk_nbytes: int, alignment: int
+    shard: int,
+    owner: int,
+    tensors: list[int],
+    starts: list[int],
+    ends: list[int],
+    chunk_nbytes: int,
+    alignment: int,
+    run_end: int,
 ) -> Iterator[Chunk]:
-    position, run_end = starts[0] // alignment * alignment, ends[-1]
+    position = starts[0] // alignment * alignment
     current = 0
     while position < run_end:
         stop = min(position + chunk_nbytes, run_end)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from gpusaver.arguments import fs_path, make_directory
 from gpusaver.bundle import filenames
-from gpusaver.checkpoint_files import PathLike, checkpoint_exists, remove_checkpoint
+from gpusaver.checkpoint_files import PathLike, checkpoint_exists, discard_checkpoint
 from gpusaver.checkpoint_state import latest_checkpoint, replace_state, state_lock, write_state
 from gpusaver.errors import CancelledError, Error, NotFoundError, ResourceExhaustedError
 from gpusaver.manager.memory import Memory
@@ -366,7 +366,7 @@ class CheckpointManager:
 
     def _remove(self, name: str) -> bool:
         try:
-            remove_checkpoint(self._path(name), storage=self._storage)
+            discard_checkpoint(self._storage, self._path(name), "meta", self._saver.discard_data)
         except Error as error:
             _log.warning("cannot remove the old checkpoint %s, the next save tries again: %s", name, error)
             return False

@@ -48,7 +48,8 @@ def vectored_buffers(
         return [view for view in views if view is not None]
     buffers: list[Buffer] = []
     slot_start = slot_end = position = 0
-    for piece, view in zip(chunk.pieces, views, strict=True):
+    ends = Piece(-1, 0, chunk.nbytes, 0)  # what is behind the last piece is a gap like others
+    for piece, view in zip([*chunk.pieces, ends], [*views, filler[:0]], strict=True):
         offset = piece.offset
         if offset != position or view is not None:
             if slot is not None and slot_end > slot_start:
@@ -64,9 +65,7 @@ def vectored_buffers(
             slot_start = slot_end = position
         else:
             slot_end = position
-    if slot is not None and slot_end > slot_start:
-        buffers.append(slot[slot_start:slot_end])
-    return buffers
+    return buffers[:-1]
 
 
 class InPlace(NamedTuple):

@@ -3,14 +3,14 @@
 ::
 
     lock of the prefix taken                                or FailedPreconditionError: somebody else is writing it
-    data files under temporary names, space reserved       nothing visible
+    data files under temporary names, space reserved       nothing visible (new files, or spares: see recycling.py)
     ... written by the pipeline ...
     data files synced; index, and `.meta` if there is one, written under temporary names, synced
     strict: data and index read again and compared          DataLossError: the old checkpoint stays
     data files renamed; directory synced                    still no checkpoint: there is no index
     index renamed                                           <- the commit point
     `.meta` renamed; directory synced                       durable
-    data files of the checkpoint that was there before: removed
+    data files of the checkpoint that was there before: removed, or kept as spares
     lock released
 
 Several processes may write one bundle: each has its own data files (:class:`ShardFiles`), one has the commit as well.
@@ -30,6 +30,7 @@ from gpusaver.bundle.filenames import data_path, index_path, is_data_of, lock_pa
 from gpusaver.bundle.index import BundleIndex
 from gpusaver.errors import DataLossError, Error, InternalError
 from gpusaver.pipeline.check import bundle_problems
+from gpusaver.pipeline.recycling import Recycler
 from gpusaver.storage.base import Storage, WritableFile, new_token
 from gpusaver.tensor import Buffer
 
@@ -82,6 +83,7 @@ class ShardFiles:
 
     ``nbytes``: shard -> size of its file; those ``later`` are made by :meth:`create` or :meth:`link`.  ``token`` is
     that of the whole save.  ``direct``: None asks the storage what suits the directory; True or False decides.
+    ``recycler``: may have files to write over.
     """
 
     def __init__(
@@ -94,9 +96,11 @@ class ShardFiles:
         *,
         direct: bool | None,
         later: Collection[int] = (),
+        recycler: Recycler | None = None,
     ) -> None:
         self.files: list[WritableFile] = []
         self._storage = storage
+        self._recycler = recycler
         self._direct = direct
         self._nbytes = dict(nbytes)
         self._places = {shard: place for place, shard in enumerate(nbytes)}
@@ -117,7 +121,10 @@ class ShardFiles:
         is_direct = nbytes >= DIRECT_MIN_NBYTES if direct is None else direct and nbytes > 0
         if is_direct and direct is None:
             is_direct = self._storage.prefers_direct(os.path.dirname(final))
-        self.files[place] = self._storage.create(path, nbytes, direct=is_direct, target=final)
+        file = None if self._recycler is None else self._recycler.reuse(path, nbytes, direct=is_direct)
+        if file is None:
+            file = self._storage.create(path, nbytes, direct=is_direct, target=final)
+        self.files[place] = file
 
     def link(self, shard: int, source: FileVersion) -> bool:
         """Makes the file of one that holds the same, complete; False if it must be created and written."""
@@ -164,8 +171,8 @@ class BundleCommit:
     """The files of one save under way.  Methods are called from one thread at a time.
 
     ``elsewhere``: shards whose files other processes write, as :class:`ShardFiles` with this commit's ``num_shards``
-    and ``token``.  ``direct``, ``later``: as there.  Raises FailedPreconditionError, naming the owner of the lock, if
-    the prefix is being saved by another.
+    and ``token``.  ``direct``, ``later``, ``recycler``: as there.  Raises FailedPreconditionError, naming the owner of
+    the lock, if the prefix is being saved by another.
     """
 
     def __init__(
@@ -177,8 +184,10 @@ class BundleCommit:
         direct: bool | None,
         elsewhere: Collection[int] = (),
         later: Collection[int] = (),
+        recycler: Recycler | None = None,
     ) -> None:
         self._storage = storage
+        self._recycler = recycler
         self._prefix = prefix
         self._directory, base = os.path.split(prefix)
         self.token = new_token()
@@ -208,7 +217,9 @@ class BundleCommit:
         self.paths = [data_path(prefix, shard, self.num_shards) for shard in range(self.num_shards)]
         sizes = dict(enumerate([*shard_nbytes, *[0] * (self.num_shards - len(shard_nbytes))]))
         mine = {shard: nbytes for shard, nbytes in sizes.items() if shard not in self._elsewhere}
-        self._shards = ShardFiles(storage, prefix, self.num_shards, self.token, mine, direct=direct, later=later)
+        self._shards = ShardFiles(
+            storage, prefix, self.num_shards, self.token, mine, direct=direct, later=later, recycler=self._recycler
+        )
 
     @property
     def shards(self) -> ShardFiles:
@@ -264,9 +275,10 @@ class BundleCommit:
             storage.replace(self._meta_temporary, meta.path)
             self._written.pop().abort()  # of two names of one file a rename leaves both
         storage.sync_directory(self._directory)
+        remove = storage.remove if self._recycler is None else self._recycler.give_up
         for name in self._old:
             with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
-                storage.remove(os.path.join(self._directory, name))
+                remove(os.path.join(self._directory, name))
         self._lock.release()
 
     def _read_again(self, written: bytes) -> None:

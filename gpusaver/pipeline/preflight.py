@@ -31,12 +31,12 @@ class Preflight:
         self._swept: set[str] = set()
         self._has_warned = False
 
-    def check(self, prefix: str, nbytes: int, entries: int, copies: int) -> None:
+    def check(self, prefix: str, nbytes: int, entries: int, copies: int, spare_nbytes: int = 0) -> None:
         """Before a byte is copied; sweeps the directory before the first save into it.
 
         ``nbytes``: of the data files; ``copies``: how many checkpoints of this size will come beside what is there
-        before the first is deleted.  Raises ResourceExhaustedError if there is no room for this one, and warns once if
-        there is none for all of them.
+        before the first is deleted; ``spare_nbytes``: of files that will be written over.  Raises
+        ResourceExhaustedError if there is no room for this one, and warns once if there is none for all of them.
         """
         directory, base = os.path.split(prefix)
         if directory not in self._swept:
@@ -47,10 +47,10 @@ class Preflight:
         except Error:
             return  # whatever is wrong there, creating the first file tells it
         nbytes += _COMMIT_NBYTES + _ENTRY_NBYTES * entries
-        if free is None or free >= nbytes * copies:
+        if free is None or free + spare_nbytes >= nbytes * copies:
             return
         what = f"{directory or '.'} has {free:,} bytes free, a checkpoint takes {nbytes:,}"
-        if free < nbytes:
+        if free + spare_nbytes < nbytes:
             reason = f"{os.strerror(errno.ENOSPC)}; {what}, and old checkpoints are deleted after a save, not before"
             raise from_os_error(OSError(errno.ENOSPC, reason), "save", prefix)
         if not self._has_warned:

@@ -81,6 +81,18 @@ class Storage(Protocol):
         and no target is kept in memory until then.
         """
 
+    def recycle(self, path: str, spare: str) -> int | None:
+        """:meth:`remove`; but a file that nobody else has open, under no other name, may get the name ``spare``.
+
+        Then :meth:`reuse` can write over it, and this returns its size.
+        """
+
+    def reuse(self, spare: str, path: str, nbytes: int, *, direct: bool = False) -> WritableFile | None:
+        """:meth:`create`, of what :meth:`recycle` has kept in the same directory: old bytes stay until written over.
+
+        The removal is on stable storage before the first of them changes.  None if that file is gone.
+        """
+
     def prefers_direct(self, directory: str) -> bool:
         """Whether large files in this directory profit from ``direct=True`` (probed once, then remembered)."""
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from gpusaver.errors import Error, OutOfRangeError, from_os_error
+from gpusaver.errors import Error, NotFoundError, OutOfRangeError, from_os_error
 from gpusaver.storage import locks
 from gpusaver.storage.base import LOCK_SECONDS, new_token
 from gpusaver.storage.mapped import HUGE_NBYTES, HugePages, can_map
+from gpusaver.storage.unshared import nbytes_if_unshared
 from gpusaver.tensor import Buffer
 
 #: What O_DIRECT wants of offset, length and address on every device in use (512 would do on some).
@@ -32,6 +33,9 @@ _MAX_BYTES = 0x7FFFF000
 #: file systems (NFS, Lustre) it is slower; tmpfs has no such thing.
 DIRECT_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "f2fs"})
 
+#: Where this host alone knows who has a file open, and where what is written over keeps its place.
+RECYCLED_FILE_SYSTEMS = DIRECT_FILE_SYSTEMS | {"tmpfs"}
+
 #: What file systems without reservation answer (FUSE, some network file systems); then ENOSPC shows when writing.
 _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
@@ -40,7 +44,8 @@ _CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
-_CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_WRITE_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_CREATE_FLAGS = _WRITE_FLAGS | os.O_CREAT | os.O_EXCL
 
 
 @contextlib.contextmanager
@@ -230,15 +235,44 @@ class LocalStorage:
 
     def create(self, path: str, nbytes: int, *, direct: bool = False, target: str | None = None) -> LocalWritableFile:
         with _translated("create", path):
-            fd, alignment = _open_new(path, direct)
+            fd, alignment = _open(path, _CREATE_FLAGS, direct)
+        return _reserved(path, fd, nbytes, alignment)
+
+    def recycle(self, path: str, spare: str) -> int | None:
         try:
-            with _translated(f"reserve {nbytes} bytes for", path):
-                is_in_memory = nbytes >= _LONG_NBYTES and file_system(os.fstat(fd).st_dev) == "tmpfs"
-                _reserve(fd, nbytes, is_in_memory=is_in_memory)
+            device = os.lstat(path).st_dev
+        except OSError:
+            device = None
+        if device is None or file_system(device) not in RECYCLED_FILE_SYSTEMS:
+            self.remove(path)
+            return None
+        with _translated("rename", path):
+            os.replace(path, spare)  # before it is asked who has it open: from now on nobody opens it
+        nbytes = nbytes_if_unshared(spare)
+        if nbytes is None:
+            self.remove(spare)
+        return nbytes
+
+    def reuse(self, spare: str, path: str, nbytes: int, *, direct: bool = False) -> LocalWritableFile | None:
+        try:
+            # Or a crash might bring back the old name, and with it a checkpoint, of bytes that are no more.
+            self.sync_directory(os.path.dirname(path))
+            with _translated(f"rename {spare} to", path):
+                os.replace(spare, path)
+        except NotFoundError:
+            return None
         except BaseException:
-            LocalWritableFile(path, fd, nbytes, alignment).abort()
+            with contextlib.suppress(OSError):
+                os.unlink(spare)
             raise
-        return LocalWritableFile(path, fd, nbytes, alignment, is_in_memory=is_in_memory)
+        try:
+            with _translated("open", path):
+                fd, alignment = _open(path, _WRITE_FLAGS, direct)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+        return _reserved(path, fd, nbytes, alignment, is_used=True)
 
     def prefers_direct(self, directory: str) -> bool:
         if not _O_DIRECT:
@@ -344,17 +378,33 @@ def _status(path: str) -> os.stat_result | None:
             raise
 
 
-def _open_new(path: str, direct: bool) -> tuple[int, int]:
+def _open(path: str, flags: int, direct: bool) -> tuple[int, int]:
+    """The descriptor, and the alignment of what is written."""
     if direct and _O_DIRECT:
         # EINVAL: the file system has no O_DIRECT.  The page cache serves as well, so this is no error.
         try:
-            return os.open(path, _CREATE_FLAGS | _O_DIRECT, 0o666), DIRECT_ALIGNMENT
+            return os.open(path, flags | _O_DIRECT, 0o666), DIRECT_ALIGNMENT
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # Linux creates the file before it finds that the flag does not fit
-    return os.open(path, _CREATE_FLAGS, 0o666), 1
+            if flags & os.O_CREAT:  # Linux creates the file before it finds that the flag does not fit
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+    return os.open(path, flags, 0o666), 1
+
+
+def _reserved(path: str, fd: int, nbytes: int, alignment: int, *, is_used: bool = False) -> LocalWritableFile:
+    """The file, which may have a content already, with its size and the room for it."""
+    try:
+        with _translated(f"reserve {nbytes} bytes for", path):
+            is_in_memory = nbytes >= _LONG_NBYTES and file_system(os.fstat(fd).st_dev) == "tmpfs"
+            if is_used and os.fstat(fd).st_size > nbytes:
+                os.ftruncate(fd, nbytes)
+            _reserve(fd, nbytes, is_in_memory=is_in_memory)
+    except BaseException:
+        LocalWritableFile(path, fd, nbytes, alignment).abort()
+        raise
+    return LocalWritableFile(path, fd, nbytes, alignment, is_in_memory=is_in_memory)
 
 
 def _reserve(fd: int, nbytes: int, *, is_in_memory: bool) -> None:

@@ -350,6 +350,13 @@ class ObjectStorage:
         with contextlib.suppress(NotFoundError), _translated("remove", path):
             obstore.delete(self._store, self._key(path if unnamed is None else unnamed.target))
 
+    def recycle(self, path: str, spare: str) -> None:
+        """Objects are never written over."""
+        self.remove(path)
+
+    def reuse(self, spare: str, path: str, nbytes: int, *, direct: bool = False) -> None:
+        """See :meth:`recycle`: there is no spare."""
+
     def sync_directory(self, path: str) -> None:
         pass
 

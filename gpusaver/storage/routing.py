@@ -76,6 +76,14 @@ class RoutedStorage:
         storage, path = self._find(path)
         return storage.create(path, nbytes, direct=direct, target=None if target is None else self._find(target)[1])
 
+    def recycle(self, path: str, spare: str) -> int | None:
+        storage, path = self._find(path)
+        return storage.recycle(path, self._find(spare)[1])
+
+    def reuse(self, spare: str, path: str, nbytes: int, *, direct: bool = False) -> WritableFile | None:
+        storage, spare = self._find(spare)
+        return storage.reuse(spare, self._find(path)[1], nbytes, direct=direct)
+
     def prefers_direct(self, directory: str) -> bool:
         storage, directory = self._find(directory, is_directory=True)
         return storage.prefers_direct(directory)

@@ -268,6 +268,13 @@ def _syncs_after(name: str, part: str) -> Callable[[list[Operation], int], bool]
     return matches
 
 
+def _syncs_before_reuse(record: list[Operation], at: int) -> bool:
+    """Whether an operation syncs the directory right before a spare is written over."""
+    after = record[at + 1] if at + 1 < len(record) else Operation("")
+    is_it = after.name == "rename" and all(name.endswith(".gpusaver-tmp") for name in (after.path, after.target))
+    return record[at].name == "sync_directory" and is_it
+
+
 #: The syncs of the protocol: what each makes durable, and how it is told from the others.
 SYNCS: dict[str, Callable[[list[Operation], int], bool]] = {
     "data": _syncs_file(r"\.data-"),
@@ -279,6 +286,7 @@ SYNCS: dict[str, Callable[[list[Operation], int], bool]] = {
     "commit": _syncs_after("rename", r"\.(index|meta)$"),
     "name of the state file": _syncs_after("rename", r"checkpoint$"),
     "folder": _syncs_after("mkdir", ""),
+    "removal of what is written over": _syncs_before_reuse,
 }
 
 

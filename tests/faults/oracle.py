@@ -9,7 +9,7 @@ from pathlib import Path
 from scenarios import Scenario, state_of, version_of
 
 import gpusaver
-from gpusaver.errors import Error
+from gpusaver.errors import Error, NotFoundError
 from gpusaver.metagraph.reading import read_meta_graph, saved_variables
 
 
@@ -66,6 +66,13 @@ def check_older(scenario: Scenario, directory: Path | str, acknowledged: int | N
     for version in range(1, (acknowledged or 0) + 1):
         if scenario.is_kept(version, acknowledged or 0) and scenario.is_kept(version, (acknowledged or 0) + 1):
             assert version_of(gpusaver.load(scenario.prefix(directory, version))) == version
+    for index in Path(directory).rglob("*.index"):
+        try:
+            version_of(gpusaver.load(index.with_suffix("")))
+        except NotFoundError:  # one that was given up may be back without its data
+            continue
+        except Error as error:
+            raise AssertionError(f"{index} has the data of another checkpoint: {error}") from error
     for memory in Path(directory).rglob("*.json"):
         try:
             json.loads(memory.read_text())

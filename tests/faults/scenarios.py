@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 import gpusaver
+from gpusaver.pipeline import recycling
 from gpusaver.storage.base import Storage
 
 State = dict[str, Any]
@@ -60,7 +62,7 @@ def version_of(state: State) -> int:
 class Scenario:
     """``versions`` are saved one after the other; all but the last are there before something happens.
 
-    ``is_incremental``: with a variable that does not change.
+    ``is_incremental``: with a variable that does not change.  ``recycles``: data files are written over.
 
     ``folder``: below the directory, made by the Saver.  ``is_one_prefix``: every save replaces the one before.
     ``has_manager``: a CheckpointManager saves, for which version 1 is the best.
@@ -77,6 +79,7 @@ class Scenario:
     strict: bool = False
     has_manager: bool = False
     is_incremental: bool = False
+    recycles: bool = False
 
     def prefix(self, directory: Path | str, version: int) -> str:
         path = os.path.join(directory, self.folder, "k")
@@ -104,6 +107,9 @@ class Job:
 
     def __init__(self, scenario: Scenario, directory: Path | str, storage: Storage | None) -> None:
         self._scenario = scenario
+        self._smaller = mock.patch.object(recycling, "RECYCLED_MIN_NBYTES", 1)
+        if scenario.recycles:
+            self._smaller.start()
         self._path = os.path.join(directory, scenario.folder, "k")
         self.state = state_of(0)
         with gpusaver.variables():
@@ -121,6 +127,7 @@ class Job:
             direct_io=scenario.direct_io,
             strict=scenario.strict,
             incremental=scenario.is_incremental,
+            recycle=scenario.recycles,
             storage=storage,
         )
         self._manager = None
@@ -149,7 +156,11 @@ class Job:
         return self
 
     def __exit__(self, *error: object) -> None:
-        (self._manager or self.saver).close()
+        try:
+            (self._manager or self.saver).close()
+        finally:
+            if self._scenario.recycles:
+                self._smaller.stop()
 
 
 SCENARIOS = [
@@ -165,4 +176,7 @@ SCENARIOS = [
     Scenario("new_folder", (1, 2), folder="run"),
     Scenario("incremental", (1, 2, 3), max_to_keep=1, is_incremental=True),
     Scenario("incremental_overwrite", (1, 2), is_one_prefix=True, is_incremental=True),
+    Scenario("recycle", (1, 2, 3), max_to_keep=1, recycles=True),
+    Scenario("recycle_overwrite", (1, 2, 3), is_one_prefix=True, recycles=True),
+    Scenario("recycle_incremental", (1, 2, 3, 4), max_to_keep=1, is_incremental=True, recycles=True),
 ]

@@ -17,17 +17,19 @@ from gpusaver.pipeline.chunk import Checksums, vectored_buffers, zero_gaps
 parts = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 30), st.booleans()), min_size=1, max_size=15)
 
 
-def chunk_of(given_parts: list[tuple[int, int, bool]]) -> Chunk:
+def chunk_of(given_parts: list[tuple[int, int, bool]], behind: int = 0) -> Chunk:
     starts, ends = [], [0]
     for gap, nbytes, _ in given_parts:
         starts.append(ends[-1] + gap)
         ends.append(starts[-1] + nbytes)
-    return Chunk(0, 0, 0, ends[-1], list(range(len(starts))), starts, ends[1:])
+    return Chunk(0, 0, 0, ends[-1] + behind, list(range(len(starts))), starts, ends[1:])
 
 
-@given(parts, st.integers(1, 8))
-def test_buffers_hold_pieces_and_filler(given_parts: list[tuple[int, int, bool]], filler_nbytes: int) -> None:
-    chunk = chunk_of(given_parts)
+@given(parts, st.integers(1, 8), st.integers(0, 20))
+def test_buffers_hold_pieces_and_filler(
+    given_parts: list[tuple[int, int, bool]], filler_nbytes: int, behind: int
+) -> None:
+    chunk = chunk_of(given_parts, behind)
     slot = bytearray(b"?" * chunk.nbytes)  # what an earlier chunk left there
     expected = bytearray(b"." * chunk.nbytes)
     views: list[memoryview | None] = []
@@ -41,6 +43,7 @@ def test_buffers_hold_pieces_and_filler(given_parts: list[tuple[int, int, bool]]
     lent = memoryview(slot) if None in views else None
     buffers = vectored_buffers(chunk, views, lent, memoryview(b"." * filler_nbytes))
     assert b"".join(buffers) == expected
+    assert all(buffer.nbytes for buffer in buffers)
 
 
 @given(parts)

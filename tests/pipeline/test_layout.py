@@ -115,6 +115,18 @@ def test_chunks_suit_o_direct(given_tensors: list[Tensor], window: int) -> None:
             assert -(-(first.offset + first.nbytes) // PAGE) * PAGE <= second.offset
 
 
+@given(tensors, windows)
+def test_chunks_and_their_gaps_are_the_whole_files(given_tensors: list[Tensor], window: int) -> None:
+    """Also where each owner's are asked for by themselves: a file may be one that is written over."""
+    layout = plan(given_tensors)
+    ends = [0] * 3
+    found = [chunk for owner in range(3) for chunk in layout.chunks(window, owner)]
+    for chunk in sorted(found, key=lambda chunk: chunk.offset):
+        assert chunk.offset == ends[chunk.shard]
+        ends[chunk.shard] += chunk.nbytes
+    assert ends == list(layout.shard_nbytes)
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 1), st.integers(0, 20_000), st.integers(0, 9_000), st.integers(0, 1)), max_size=30

@@ -119,6 +119,28 @@ class StorageContract:
         assert storage.link(f"{directory}/missing", temporary, target=f"{directory}/h") is None
         assert storage.list(directory) == ["k.data"]
 
+    @pytest.mark.parametrize("nbytes", [3, 4096, 20_001, 40_000])
+    def test_what_is_recycled_is_written_over(self, storage: Storage, directory: str, nbytes: int) -> None:
+        old = self.written(storage, f"{directory}/f", b"?" * 20_001)
+        assert storage.recycle(f"{directory}/missing", f"{directory}/spare") is None
+        size = storage.recycle(old, f"{directory}/spare")
+        if size is None:
+            assert storage.list(directory) == []
+            pytest.skip("there is no such thing here")
+        assert (size, storage.list(directory)) == (20_001, ["spare"])
+        data = random.Random(1).randbytes(nbytes)
+        file = storage.reuse(f"{directory}/spare", f"{directory}/g", nbytes, direct=self.direct)
+        assert file is not None
+        assert storage.list(directory) == ["g"]
+        for offset, block in blocks(data, file, 3):
+            file.write_at(offset, [block])
+        file.sync()
+        file.close()
+        assert self.read(storage, f"{directory}/g") == data
+        assert storage.reuse(f"{directory}/spare", f"{directory}/h", 5) is None
+        file.abort()
+        assert storage.list(directory) == []
+
     def test_a_version_is_that_of_the_content(self, storage: Storage, directory: str) -> None:
         path = self.written(storage, f"{directory}/f", b"some bytes")
         version = storage.version(path)
