@@ -37,9 +37,10 @@ _COLUMNS = (
 def table(workload: dict[str, Any], *, with_range: bool) -> tuple[list[str], list[list[str]]]:
     """The heading; a row per peer, and for the best raw write and the best raw reads; fastest to durable first."""
     peers = workload["peers"]
-    shown = [name for name, peer in peers.items() if not peer["is_ceiling"] or "durable" not in peer["figures"]]
+    no_file = {name for name, peer in peers.items() if not {"durable", "next"} & peer["figures"].keys()}
+    shown = [name for name, peer in peers.items() if not peer["is_ceiling"] or name in no_file]
     shown += dict.fromkeys(workload["ceilings"].values())
-    shown.sort(key=lambda name: peers[name]["figures"].get("durable", peers[name]["figures"]["return"])["median"])
+    shown.sort(key=lambda name: _seconds(peers[name]["figures"]))
     columns = [column for column in _COLUMNS if any(column[1] in peer["figures"] for peer in peers.values())]
     head = [""]
     for title, _, _, is_main in columns:
@@ -54,6 +55,11 @@ def table(workload: dict[str, Any], *, with_range: bool) -> tuple[list[str], lis
                 row.append(f"{found['ratio']:.2f}" if found and "ratio" in found else "")
         body.append(row)
     return head, body
+
+
+def _seconds(figures: dict[str, Any]) -> float:
+    """By which rows are sorted."""
+    return float(next(figures[one]["median"] for one in ("durable", "return", "next") if one in figures))
 
 
 def _cell(figure: dict[str, Any] | None, unit: float, with_range: bool) -> str:

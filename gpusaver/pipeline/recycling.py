@@ -80,8 +80,10 @@ class Recycler:
         return self._storage.reuse(spare, path, nbytes, direct=direct)
 
     def close(self) -> None:
-        """Removes the spares.  Idempotent.  Never raises."""
-        self._remove_all()
+        """Removes the spares, and keeps no more.  Idempotent.  Never raises."""
+        with self._lock:
+            self._limit = 0
+            self._remove_all()
 
 
 def _remove(storage: Storage, spares: dict[str, int], process: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -18,20 +19,17 @@ def nbytes_if_unshared(path: str) -> int | None:
     """
     if not hasattr(fcntl, "F_SETLEASE"):
         return None
-    try:
+    nbytes = None
+    with contextlib.suppress(OSError):  # one of which says that somebody else has it open
         fd = os.open(path, _FLAGS)
-    except OSError:
-        return None
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            return None
-        # The holder of a lease is told by a signal that somebody waits: SIGIO, which ends a process; this one does not.
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        return status.st_size
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                # The holder of a lease is told by a signal that somebody waits: by SIGIO, which would end the process.
+                fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+                nbytes = status.st_size
+        finally:
+            os.close(fd)
+    return nbytes

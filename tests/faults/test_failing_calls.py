@@ -42,6 +42,8 @@ SAVES = [
     Scenario("manager", (1, 2, 3), max_to_keep=1, has_manager=True),
     Scenario("incremental", (1, 2, 3), max_to_keep=1, is_incremental=True),
     Scenario("incremental_overwrite", (1, 2), is_one_prefix=True, is_incremental=True),
+    Scenario("recycle", (1, 2, 3), max_to_keep=1, recycles=True),
+    Scenario("recycle_overwrite", (1, 2, 3), is_one_prefix=True, recycles=True),
 ]
 
 
@@ -133,9 +135,10 @@ def check_failed_save(scenario: Scenario, directory: Path, failing: Failing) -> 
             if scenario.is_kept(version, last):
                 assert version_of(gpusaver.load(scenario.prefix(directory, version))) in (version, found)
         if not failing.for_ever:
-            assert not [name for name in os.listdir(folder) if name.endswith("gpusaver-tmp")]
+            temporary = {name for name in os.listdir(folder) if name.endswith("gpusaver-tmp")}
+            assert len(temporary) <= scenario.recycles  # the spare
             if not is_committed(scenario.prefix(directory, last), last):
-                assert names_in(folder) == names
+                assert names_in(folder) - temporary == {name for name in names if not name.endswith("gpusaver-tmp")}
         job.save(last + 1)
         assert check_recovery(folder, last + 1) == last + 1
         assert scenario.is_one_prefix is False or not list(folder.glob("*.gpusaver-lock"))

@@ -18,7 +18,8 @@ ROOT = Path(gpusaver.__file__).parents[1]
 #: In batches, which may run side by side.
 BATCHES, KILLS_PER_BATCH = sized((2, 150), (20, 250))
 TIMEOUT_SECONDS = 900
-SOME = [scenario for scenario in SCENARIOS if scenario.name in ("overwrite", "retention", "manager", "incremental")]
+_SOME = "overwrite", "retention", "manager", "incremental", "recycle"
+SOME = [scenario for scenario in SCENARIOS if scenario.name in _SOME]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 

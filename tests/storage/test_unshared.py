@@ -115,3 +115,14 @@ def test_elsewhere_nothing_is_kept(path: Path) -> None:
     with mock.patch("gpusaver.storage.local.file_system", return_value="nfs4"):
         assert LocalStorage().recycle(str(path), str(path.with_name("spare"))) is None
     assert os.listdir(path.parent) == []
+
+
+def test_a_close_that_fails_harms_nobody(path: Path) -> None:
+    close = os.close
+
+    def failing(fd: int) -> None:
+        close(fd)
+        raise OSError(5, "injected")
+
+    with mock.patch.object(os, "close", failing):
+        assert nbytes_if_unshared(str(path)) == 10
