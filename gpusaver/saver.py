@@ -141,6 +141,7 @@ class Saver:
             incremental=incremental,
             recycle=recycle,
         )
+        #: Removes a data file that retention gives up, or keeps it for the next save: also for the CheckpointManager.
         self.discard_data = self._saving.recycler.give_up
         self._list = CheckpointList(
             retention,
