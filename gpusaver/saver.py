@@ -74,8 +74,8 @@ class Saver:
     retention gives up, or that a save replaces, are kept, and written over by the next save: disks that must find room
     for new files, and take back that of old ones, are spared both.  So one checkpoint more than ``max_to_keep`` takes
     up room between saves, as during them; its files have temporary names, and go when the Saver is closed or the
-    process ends.  Only on a local file system of Linux, and no file that somebody has open or that has another name;
-    not with ``comm``.  ``clock``: seconds since the epoch.  ``comm``: a communicator of mpi4py
+    process ends.  Only on a local file system of Linux that no other host reads, and no file that somebody has open or
+    that has another name; not with ``comm``.  ``clock``: seconds since the epoch.  ``comm``: a communicator of mpi4py
     (``gpusaver[mpi]``), whose ranks save one checkpoint together and restore from it, each its own variables and parts
     (docs/distributed.md); then making a Saver, saving, waiting for a save, restoring and closing are collective, and
     raise the same error on every rank.  ``comm_deadline``: the seconds for which a rank that is ready waits for the
