@@ -6,11 +6,11 @@ warm-up.  Then rounds: in each, every peer saves once and restores once, in turn
 
 Between two measurements, outside of the clock: the last files are removed and the folder is synced, so that none pays
 for the removal of older ones (but for "next", which counts it); what is restored from the page cache is read into it
-anew, whoever wrote it and how; and
-before a save, before that, and before a restore from the disk, twice as much memory is taken and given back.  So each
-finds as much that was in use a moment before.  (What stayed unused a virtual machine gives back to its host, and
-whoever comes first pays for every page: copies out of such a page cache took 1.5 s for 1.5 GB, for some libraries and
-raw reads, in some rounds.)  Just before the clock starts every array is written, as by a training step.
+anew, whoever wrote it and how; and before a save, before that, and before a restore from the disk, twice as much memory
+is taken and given back.  So each finds as much that was in use a moment before.  (What stayed unused a virtual machine
+gives back to its host, and whoever comes first pays for every page: copies out of such a page cache took 1.5 s for 1.5
+GB, for some libraries and raw reads, in some rounds.)  Just before the clock starts every array is written, as by a
+training step.
 """
 
 from __future__ import annotations

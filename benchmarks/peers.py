@@ -432,7 +432,8 @@ class Raw(Peer):
         _run_all([functools.partial(self._write_file, *part) for part in parts])
 
     def _write_file(self, name: str, block: memoryview, threads: int) -> None:
-        fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | self.flags, 0o666)
+        is_new = 0 if self.keeps_one else os.O_EXCL
+        fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | is_new | self.flags, 0o666)
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(fd, 0, len(block))

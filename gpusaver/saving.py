@@ -83,7 +83,8 @@ class Saving:
         self.strict = strict
         self.check_captures = check_captures
         self.preflight = Preflight(storage)
-        self.recycler = Recycler(storage, is_on=recycle)
+        self.recycler = Recycler(storage)
+        self._recycles = recycle
         self._snapshots: dict[str, Any] = {}
         self._has_blocked = False
         if incremental not in (False, True, "declared"):
@@ -200,7 +201,7 @@ class Saving:
         needed = sum(shard_nbytes)
         if self._incremental is not None and self._incremental.has_files:
             needed -= sum(shard_nbytes[shard] for shard in plan.frozen_shards)
-        spare = self.recycler.expect(os.path.dirname(pending.prefix), shard_nbytes)
+        spare = self.recycler.expect(os.path.dirname(pending.prefix), shard_nbytes) if self._recycles else 0
         self.preflight.check(pending.prefix, needed, len(plan.rows), copies, spare)
         commit = BundleCommit(
             self.storage,

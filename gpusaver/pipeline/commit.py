@@ -100,7 +100,7 @@ class ShardFiles:
     ) -> None:
         self.files: list[WritableFile] = []
         self._storage = storage
-        self._recycler = recycler
+        self._recycler = recycler or Recycler(storage)
         self._direct = direct
         self._nbytes = dict(nbytes)
         self._places = {shard: place for place, shard in enumerate(nbytes)}
@@ -121,7 +121,7 @@ class ShardFiles:
         is_direct = nbytes >= DIRECT_MIN_NBYTES if direct is None else direct and nbytes > 0
         if is_direct and direct is None:
             is_direct = self._storage.prefers_direct(os.path.dirname(final))
-        file = None if self._recycler is None else self._recycler.reuse(path, nbytes, direct=is_direct)
+        file = self._recycler.reuse(path, nbytes, direct=is_direct)
         if file is None:
             file = self._storage.create(path, nbytes, direct=is_direct, target=final)
         self.files[place] = file
@@ -187,7 +187,7 @@ class BundleCommit:
         recycler: Recycler | None = None,
     ) -> None:
         self._storage = storage
-        self._recycler = recycler
+        self._recycler = recycler or Recycler(storage)
         self._prefix = prefix
         self._directory, base = os.path.split(prefix)
         self.token = new_token()
@@ -275,10 +275,9 @@ class BundleCommit:
             storage.replace(self._meta_temporary, meta.path)
             self._written.pop().abort()  # of two names of one file a rename leaves both
         storage.sync_directory(self._directory)
-        remove = storage.remove if self._recycler is None else self._recycler.give_up
         for name in self._old:
             with contextlib.suppress(Error):  # garbage at worst, and the next save tries again
-                remove(os.path.join(self._directory, name))
+                self._recycler.give_up(os.path.join(self._directory, name))
         self._lock.release()
 
     def _read_again(self, written: bytes) -> None:

@@ -29,12 +29,12 @@ RECYCLED_MIN_NBYTES = 64 * 1024 * 1024
 class Recycler:
     """Of one Saver, whose saves come one after the other; what is given up may be so from any thread.
 
-    At most as many spares are kept as the last save had files of their kind, in its directory.  If not ``is_on``, none.
+    At most as many spares are kept as the last save had files of their kind, in its directory: none before
+    :meth:`expect`.
     """
 
-    def __init__(self, storage: Storage, *, is_on: bool) -> None:
+    def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._is_on = is_on
         self._directory: str | None = None
         self._limit = 0
         #: Path -> size in bytes.
@@ -45,8 +45,6 @@ class Recycler:
 
     def expect(self, directory: str, sizes: Sequence[int]) -> int:
         """A save of files of these sizes begins; the bytes of the spares that it will find."""
-        if not self._is_on:
-            return 0
         with self._lock:
             if directory != self._directory:
                 _remove(self._storage, self._spares, os.getpid())

@@ -239,11 +239,8 @@ class LocalStorage:
         return _reserved(path, fd, nbytes, alignment)
 
     def recycle(self, path: str, spare: str) -> int | None:
-        try:
-            device = os.lstat(path).st_dev
-        except OSError:
-            device = None
-        if device is None or file_system(device) not in RECYCLED_FILE_SYSTEMS:
+        version = self.version(path)
+        if version is None or file_system(version[0]) not in RECYCLED_FILE_SYSTEMS:
             self.remove(path)
             return None
         with _translated("rename", path):
@@ -259,18 +256,14 @@ class LocalStorage:
             self.sync_directory(os.path.dirname(path))
             with _translated(f"rename {spare} to", path):
                 os.replace(spare, path)
+            with _translated("open", path):
+                fd, alignment = _open(path, _WRITE_FLAGS, direct)
         except NotFoundError:
             return None
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(spare)
-            raise
-        try:
-            with _translated("open", path):
-                fd, alignment = _open(path, _WRITE_FLAGS, direct)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            for left in (spare, path):
+                with contextlib.suppress(OSError):
+                    os.unlink(left)
             raise
         return _reserved(path, fd, nbytes, alignment, is_used=True)
 
@@ -398,7 +391,7 @@ def _reserved(path: str, fd: int, nbytes: int, alignment: int, *, is_used: bool 
     try:
         with _translated(f"reserve {nbytes} bytes for", path):
             is_in_memory = nbytes >= _LONG_NBYTES and file_system(os.fstat(fd).st_dev) == "tmpfs"
-            if is_used and os.fstat(fd).st_size > nbytes:
+            if is_used:
                 os.ftruncate(fd, nbytes)
             _reserve(fd, nbytes, is_in_memory=is_in_memory)
     except BaseException:
