@@ -61,8 +61,9 @@ class CheckpointManager:
     the next save is due; "make_room": the same, and the oldest checkpoint that is neither pinned, best nor the newest
     is deleted ahead of its time, and the save tried again at the next step.
 
-    ``on_progress``: called with :class:`SaveProgress` while a save is written, from its threads.  ``progress_bar``: on
-    standard error if that is a terminal (needs tqdm).  ``clock``: seconds since the epoch.
+    ``on_progress``: called with :class:`SaveProgress` while a save is written, from its threads; it may not save.
+    The last one comes before :meth:`save` or :meth:`close` returns.  ``progress_bar``: on standard error if that is a
+    terminal (needs tqdm).  ``clock``: seconds since the epoch.
 
     One manager per directory and name at a time: from the first step or save on it holds a lock, and another process
     gets FailedPreconditionError naming this one.  Call from one thread.  A context manager: leaving it closes.
@@ -113,6 +114,7 @@ class CheckpointManager:
         self._managed_lock = threading.Lock()
         self._ownership: Lock | None = None
         self._pending: PendingSave | None = None
+        self._reported = threading.Event()  # the pending save has ended, and listeners and log have its report
         self._must_retry = False
         #: Of the last save, or of what was restored: from here the intervals count.
         self._base_step = 0
@@ -204,6 +206,7 @@ class CheckpointManager:
             with ended_if_interrupted(pending):
                 return pending.result()
         finally:
+            self._reported.wait()
             self._pending = None
 
     def pin(self, step: int) -> None:
@@ -267,7 +270,15 @@ class CheckpointManager:
         assert pending is not None
         self._pending, self._must_retry = pending, False
         self._base_step, self._base_time = step, self._clock()
-        pending.add_done_callback(lambda pending: self._report(pending, nbytes))
+        reported = self._reported = threading.Event()
+
+        def report(pending: PendingSave) -> None:
+            try:
+                self._report(pending, nbytes)
+            finally:
+                reported.set()
+
+        pending.add_done_callback(report)
         if pending.capture == "blocking" and not is_awaited:
             with ended_if_interrupted(pending):
                 pending.wait_captured()
@@ -301,6 +312,7 @@ class CheckpointManager:
         if pending is None or not (wait or pending.done()):
             return
         error = pending.exception()
+        self._reported.wait()
         self._pending = None
         if error is None or isinstance(error, CancelledError):
             return

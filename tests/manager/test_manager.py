@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -274,6 +275,29 @@ def test_progress_and_log(make: Make, caplog: pytest.LogCaptureFixture, tmp_path
     assert {(report.prefix, report.total_nbytes) for report in seen} == {(f"{tmp_path}/run/ckpt-1", PHASE + 48_000_000)}
     assert [report.is_durable for report in seen] == [False] * (len(seen) - 1) + [True]
     assert f"saved {tmp_path}/run/ckpt-1: 48000000 bytes" in caplog.text
+
+
+def test_the_last_report_comes_before_the_save_returns(make: Make) -> None:
+    told: list[str] = []
+
+    def slow(report: gpusaver.SaveProgress) -> None:
+        if report.is_durable:
+            time.sleep(0.05)
+            told.append(os.path.basename(report.prefix))
+
+    manager = make(on_progress=slow, save_every_n_steps=1)
+    manager.save(1)
+    assert told == ["ckpt-1"]
+    assert manager.step(2) is not None
+    manager.save(3)
+    assert told == ["ckpt-1", "ckpt-2", "ckpt-3"]
+    pending = manager.step(4)
+    assert pending is not None
+    pending.wait()
+    manager.step(5)
+    assert "ckpt-4" in told
+    manager.close()
+    assert told[-1] == "ckpt-5"
 
 
 def test_a_callback_that_fails_fails_no_save(make: Make, caplog: pytest.LogCaptureFixture) -> None:
