@@ -20,8 +20,10 @@ from sim.tools import chunks_of_kilobytes, late, on_device, on_host, schedule, s
 import gpusaver
 from gpusaver.device import admit
 from gpusaver.errors import FailedPreconditionError, InvalidArgumentError
+from gpusaver.pipeline.plan import _one_by_one, _plain
 from gpusaver.saver import Saver
 from gpusaver.tensor import DataType
+from gpusaver.variables import flatten
 
 WITH_AND_WITHOUT_KERNELS = pytest.mark.parametrize(
     "sim", [{"schedule": "late"}, {"schedule": 4, "kernels": False}], indirect=True, ids=["kernels", "no-kernels"]
@@ -391,3 +393,24 @@ def test_no_cupy(tmp_path, monkeypatch):
 def test_importing_gpusaver_imports_no_cupy():
     script = "import sys, gpusaver; sys.exit(any(name.partition('.')[0] == 'cupy' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------ by columns
+
+
+def test_columns_say_what_each_leaf_says(sim):
+    arrays = {name: on_device(sim, values(np.dtype(name))) for name in ("f4", "i8", "?", "c16")}
+    empty = {f"empty {number}": sim.cupy.empty((0, 3), np.float32) for number in range(2)}
+    state = arrays | empty | {"host": np.zeros(3), "strided": on_device(sim, values(np.dtype("f4"))).T}
+    leaves = flatten(state)
+    rows, sources, strings = _plain(leaves)
+    expected_rows, expected_sources, expected_strings = _one_by_one(leaves, None)
+    assert (rows, strings) == (expected_rows, expected_strings)
+    assert sources.runtimes == expected_sources.runtimes
+    assert list(map(id, sources.arrays)) == list(map(id, expected_sources.arrays))
+
+
+def test_arrays_on_a_device_that_are_the_same_bytes_have_no_columns(sim):
+    array = on_device(sim, values(np.dtype("f4")))
+    assert _plain(flatten({"w": array, "view": array[:]})) is None
+    assert _plain(flatten({"w": array, "step": 1})) is None

@@ -11,14 +11,13 @@ import bisect
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
-from gpusaver.bundle.coding import printable, read_varint32, read_varint64, rows_at
+from gpusaver.bundle.coding import printable, read_varint32, read_varint64
 from gpusaver.bundle.crc import crc32c, mask, unmask
+from gpusaver.bundle.table_runs import Column, find_in_runs, first_keys, read_runs
 from gpusaver.bundle.table_writer import FOOTER_NBYTES, MAGIC, PLAIN, SNAPPY, TRAILER_NBYTES
 from gpusaver.errors import DataLossError, UnimplementedError
 
@@ -34,16 +33,14 @@ _RUNS_PER_LOOKUP = 4
 _LOOKUPS_BEFORE_DICT = 64
 
 
-#: A block with fewer runs, or longer ones, is read entry by entry.
+#: A block with fewer runs is read entry by entry.
 _MIN_RUNS = 16
-_MAX_RUN_LENGTH = 64
 
 #: Reading the first keys of so many runs costs less than finding one among them.
 _RUNS_PER_FIRST = 32
-#: Keys that are looked up side by side take a kilobyte each meanwhile.
-_MAX_FOUND_AT_ONCE = 4096
+#: Keys that are looked up side by side take two kilobytes each meanwhile.
+_MAX_FOUND_AT_ONCE = 2048
 
-Column = npt.NDArray[np.int64]
 #: Keys, and the bytes in which the value of each lies from its start to its end.
 Columns = tuple[list[bytes], bytes, Column, Column]
 _NONE = np.zeros(0, np.int64)
@@ -108,29 +105,41 @@ class Table:
             last = upper
 
     def find(self, keys: Iterable[bytes]) -> Columns:
-        """The entries of those of these keys that are there, ascending: :meth:`get` takes five times as long for each.
+        """The entries of those of these keys that are there, ascending: :meth:`get` takes ten times as long for each.
 
         Some are left out where what is read is not as every writer writes it.
         """
-        wanted: list[bytes] = []
-        runs = [(_NONE, _NONE)]
-        numbers = functools.partial(bisect.bisect_left, self._separators)
-        for number, group in itertools.groupby(sorted(set(keys)), numbers):
-            block = self._block(number) if number < len(self._handles) else None
-            if block is not None and block.data is self._data:
-                in_block = list(group)
-                runs.append(block.runs(in_block))
-                wanted += in_block
-        begins, stops = map(np.concatenate, zip(*runs, strict=True))
+        wanted, parts = self._by_block(sorted(set(keys)))
+        starts, stops = map(np.concatenate, zip((_NONE, _NONE), *[block.runs for block, _ in parts], strict=True))
+        firsts = first_keys(self._data, starts, stops) if len(starts) < len(wanted) * _RUNS_PER_FIRST else None
+        if firsts is not None:
+            runs = (np.searchsorted(firsts, np.array(wanted), "right") - 1).clip(0)
+        else:
+            before = itertools.accumulate((len(block.runs[0]) for block, _ in parts), initial=0)
+            numbers = [n + block.run(key) for n, (block, part) in zip(before, parts, strict=False) for key in part]
+            runs = np.array(numbers, np.int64)
         found: list[bytes] = []
         values = [(_NONE, _NONE)]
+        allowance = KEY_EXPANSION * len(self._data) + _KEY_ALLOWANCE
         for first in range(0, len(wanted), _MAX_FOUND_AT_ONCE):
-            part = slice(first, first + _MAX_FOUND_AT_ONCE)
-            rows, starts, ends = _find_side_by_side(self._data, wanted[part], begins[part], stops[part])
+            some = slice(first, first + _MAX_FOUND_AT_ONCE)
+            rows, *places = find_in_runs(self._data, wanted[some], starts[runs[some]], stops[runs[some]], allowance)
             found += [wanted[first + row] for row in rows]
-            values.append((starts, ends))
+            values.append((places[0], places[1]))
         starts, ends = map(np.concatenate, zip(*values, strict=True))
         return found, self._data, starts, ends
+
+    def _by_block(self, keys: list[bytes]) -> tuple[list[bytes], list[tuple[_Block, list[bytes]]]]:
+        """Of ascending keys those that could be in blocks of ``data``: all together, and with their blocks."""
+        parts = []
+        first = 0
+        while first < len(keys) and (number := bisect.bisect_left(self._separators, keys[first])) < len(self._handles):
+            stop = max(first + 1, bisect.bisect_right(keys, self._separators[number], first))
+            block = self._block(number)
+            if block.data is self._data:
+                parts.append((block, keys[first:stop]))
+            first = stop
+        return list(itertools.chain(*[part for _, part in parts])), parts
 
     def _read_footer(self) -> tuple[tuple[int, int], tuple[int, int]]:
         size = len(self._data)
@@ -233,45 +242,31 @@ class _Block:
             raise DataLossError(f"{name}: its restarts lie outside its entries")
         if not (restarts[1:] > restarts[:-1]).all():
             raise DataLossError(f"{name}: its restarts do not ascend")
-        #: Entries from bounds[i] up to bounds[i + 1] form a run whose first key is stored whole.
-        self._bounds = [*(restarts + start).tolist(), end]
+        restarts += start
+        #: Where the runs begin and end; the first key of each is stored whole.
+        self.runs = restarts, np.append(restarts[1:], end)
         self._key_allowance = KEY_EXPANSION * (stop - start) + key_allowance
         self._lookups = 0
         self._all: dict[bytes, bytes] | None = None
 
     def get(self, key: bytes) -> bytes | None:
         self._lookups += 1
-        if self._all is None and self._lookups > max(_LOOKUPS_BEFORE_DICT, len(self._bounds) // _RUNS_PER_LOOKUP):
+        if self._all is None and self._lookups > max(_LOOKUPS_BEFORE_DICT, len(self.runs[0]) // _RUNS_PER_LOOKUP):
             self._all = dict(self.entries())
         if self._all is not None:
             return self._all.get(key)
-        found, starts, ends = self._read(self._run(key), until=key)
+        found, starts, ends = self._read(self.run(key), until=key)
         return self.data[starts[-1] : ends[-1]] if found and found[-1] == key else None
 
-    def runs(self, keys: Sequence[bytes]) -> tuple[Column, Column]:
-        """Where the run begins, and where it ends, that would have each key."""
-        bounds = np.array(self._bounds)
-        firsts = self._first_keys(bounds) if len(keys) * _RUNS_PER_FIRST > len(bounds) else None
-        if firsts is None:
-            runs = list(map(self._run, keys))
-        else:
-            runs = [max(0, bisect.bisect_right(firsts, key) - 1) for key in keys]
-        return bounds[:-1][runs], bounds[1:][runs]
-
-    def _first_keys(self, bounds: Column) -> list[bytes] | None:
-        """Of all runs, without zeros at their ends; None for what another may have written."""
-        octets, starts = np.frombuffer(self.data, np.uint8), bounds[:-1]
-        shared, nbytes, value_nbytes = (octets.take(starts + n, mode="clip").astype(np.int64) for n in range(3))
-        if (shared | (nbytes | value_nbytes) // 128).any() or (starts + 3 + nbytes + value_nbytes > bounds[1:]).any():
-            return None
-        number = np.arange(int(nbytes.max()) + 1)
-        letters = rows_at(octets, starts + 3, len(number))
-        letters *= number < nbytes[:, None]
-        return letters.view(f"S{len(number)}").ravel().tolist()
-
-    def _run(self, key: bytes) -> int:
-        """The last that does not begin after the key; the first, if all do."""
+    def run(self, key: bytes) -> int:
+        """The last run that does not begin after the key; the first, if all do."""
         return max(0, bisect.bisect_right(range(len(self._bounds) - 1), key, key=self._first_key) - 1)
+
+    @functools.cached_property
+    def _bounds(self) -> list[int]:
+        """Run ``i`` goes from ``_bounds[i]`` to ``_bounds[i + 1]``."""
+        starts, stops = self.runs
+        return [*starts.tolist(), int(stops[-1])]
 
     def _first_key(self, run: int) -> bytes:
         start, end = self._bounds[run], self._bounds[run + 1]
@@ -298,49 +293,18 @@ class _Block:
         return keys, self.data, np.array(starts, np.int64), np.array(ends, np.int64)
 
     def _read_side_by_side(self) -> tuple[list[bytes], Column, Column] | None:
-        """The entries, of all runs at once, in half the time; None for what another may have written, or nobody.
-
-        ::
-
-            run 0   entry | entry | ...     step 0 is the first entry of each run, step 1 the second,
-            run 1   entry | entry | ...     and so on: all that follows is done with a step as a whole
-        """
-        if len(self._bounds) < _MIN_RUNS:
+        """The entries; None for what another may have written, or nobody."""
+        if len(self.runs[0]) < _MIN_RUNS:
             return None
-        octets = np.frombuffer(self.data, np.uint8)
-        bounds = np.array(self._bounds)
-        position, stops = bounds[:-1], bounds[1:]
-        steps: list[tuple[npt.NDArray[Any], ...]] = []
-        key_nbytes = np.zeros(len(position), np.int64)
-        while (is_there := position < stops).any():
-            if len(steps) == _MAX_RUN_LENGTH or (position + 3 * is_there > stops).any():
-                return None
-            shared, unshared, value_nbytes = (octets[position + n] * is_there for n in range(3))
-            if (shared | unshared | value_nbytes > 127).any() or (shared > key_nbytes).any():
-                return None
-            key_nbytes = shared + unshared.astype(np.int64)
-            key_at = position + 3 * is_there
-            start = key_at + unshared
-            position = start + value_nbytes
-            if (position > stops).any():
-                return None
-            steps.append((is_there, key_at - shared, shared, key_nbytes, start, position))
-        # By run, and in it by step.
-        is_there, origins, shared, key_nbytes, starts, ends = (
-            np.stack(column, axis=1) for column in zip(*steps, strict=True)
-        )
-        number = np.arange(key_nbytes.max())
-        if not len(number) or max(shared.sum(), key_nbytes.size * len(number)) > self._key_allowance:
+        entries = read_runs(self.data, *self.runs, self._key_allowance)
+        if entries is None or not entries.is_usual.all():
             return None
-        letters = rows_at(octets, origins, len(number))
-        for step in range(1, len(steps)):
-            np.copyto(letters[:, step], letters[:, step - 1], where=number < shared[:, step, None])
-        letters *= number < key_nbytes[..., None]
-        keys = letters[is_there].view(f"S{len(number)}").ravel().tolist()
-        is_whole = np.fromiter(map(len, keys), np.int64, len(keys)) == key_nbytes[is_there]  # no zeros at the end
+        is_there = entries.is_there.T
+        keys: list[bytes] = entries.keys.T[is_there].tolist()
+        is_whole = np.fromiter(map(len, keys), np.int64, len(keys)) == entries.key_nbytes.T[is_there]
         if not is_whole.all() or not all(map(operator.lt, keys, itertools.islice(keys, 1, None))):
             return None
-        return keys, starts[is_there], ends[is_there]
+        return keys, entries.starts.T[is_there], entries.ends.T[is_there]
 
     def _read(
         self, run: int = 0, *, until: bytes | None = None, last: bytes | None = None, upper: bytes | None = None
@@ -393,39 +357,3 @@ class _Block:
         except DataLossError as error:
             raise DataLossError(f"{self._name}: {error}") from error
         return shared, unshared, value_nbytes, position
-
-
-def _find_side_by_side(
-    data: bytes, keys: Sequence[bytes], position: Column, stops: Column
-) -> tuple[list[int], Column, Column]:
-    """Which of the keys are found in their runs, which begin and end there, and where the value of each lies.
-
-    ``common``: as many octets of the key before ``position`` are those of the wanted one, and the next is below.  A key
-    that shares more with it differs there as well, one that shares less is above; only the others must be compared.
-    """
-    octets = np.frombuffer(data, np.uint8)
-    wanted_nbytes = np.fromiter(map(len, keys), np.int64, len(keys))
-    number = np.arange(int(wanted_nbytes.max(initial=0)) + 1)
-    wanted = np.array(keys, f"S{len(number)}").view(np.uint8).reshape(len(keys), len(number))
-    rows = np.arange(len(keys))
-    common = key_nbytes = np.zeros(len(keys), np.int64)
-    found = [(rows[:0], rows[:0], rows[:0])]
-    while len(rows):
-        shared, unshared, value_nbytes = (octets.take(position + n, mode="clip").astype(np.int64) for n in range(3))
-        start = position + 3 + unshared
-        end = start + value_nbytes
-        is_open = (position + 3 <= stops) & (end <= stops) & (shared | unshared | value_nbytes < 128)
-        is_open &= (shared >= common) & (shared <= key_nbytes)
-        key_nbytes = shared + unshared
-        letters = rows_at(octets, (position + 3 - shared).clip(0, len(octets)), len(number))
-        is_same = (letters == wanted) | (number < shared[:, None])
-        is_same &= number < np.minimum(key_nbytes, wanted_nbytes)[:, None]
-        common = np.where(shared == common, is_same.argmin(axis=1), common)
-        is_found = is_open & (common == wanted_nbytes) & (key_nbytes == wanted_nbytes)
-        found.append((rows[is_found], start[is_found], end[is_found]))
-        is_open &= ~is_found
-        rows, stops, wanted, wanted_nbytes = rows[is_open], stops[is_open], wanted[is_open], wanted_nbytes[is_open]
-        position, common, key_nbytes = end[is_open], common[is_open], key_nbytes[is_open]
-    rows, starts, ends = (np.concatenate(column) for column in zip(*found, strict=True))
-    order = np.argsort(rows)
-    return rows[order].tolist(), starts[order], ends[order]

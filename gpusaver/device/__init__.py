@@ -1,6 +1,15 @@
 """Where arrays live and how their bytes are reached: the host, or a CUDA device through CuPy."""
 
-from gpusaver.device.admission import HOST, Admitted, admit, array_types, cuda_module, known_dtype, runtimes_of
+from gpusaver.device.admission import (
+    HOST,
+    Admitted,
+    admit,
+    array_types,
+    cuda_module,
+    known_dtype,
+    runtimes_of,
+    specs_of,
+)
 from gpusaver.device.base import (
     Checking,
     Event,
@@ -28,4 +37,5 @@ __all__ = [
     "cuda_module",
     "known_dtype",
     "runtimes_of",
+    "specs_of",
 ]

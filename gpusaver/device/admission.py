@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -32,6 +33,11 @@ from gpusaver.errors import Error, FailedPreconditionError
 from gpusaver.tensor import DataType, TensorSpec
 
 HOST = HostRuntime()
+
+_DTYPE = operator.attrgetter("dtype")
+_SHAPE = operator.attrgetter("shape")
+#: Of NumPy's dtypes: objects, bytes, str.
+_TEXT_KINDS = "OSU"
 
 _NO_ARRAY = "expected an array, a Variable, a number, str, bytes, or dicts and lists of these"
 
@@ -100,9 +106,20 @@ def runtimes_of(values: Sequence[Any]) -> list[Runtime] | None:
     return list(map(runtimes.__getitem__, devices))
 
 
+def specs_of(arrays: Sequence[Any]) -> list[TensorSpec] | None:
+    """Of arrays of NumPy's or CuPy's own class; None if :func:`admit` has to look at one of them."""
+    dtypes = list(map(_DTYPE, arrays))
+    types = {
+        dtype: known_dtype(dtype) if dtype.isnative and dtype.kind not in _TEXT_KINDS else None for dtype in set(dtypes)
+    }
+    if None in types.values():
+        return None
+    return list(map(_spec, map(types.__getitem__, dtypes), map(_SHAPE, arrays)))
+
+
 def _from_numpy(array: np.ndarray[Any, Any], name: str, dtype: DataType | None) -> Admitted:
     kind = array.dtype.kind
-    if kind in "OSU":
+    if kind in _TEXT_KINDS:
         return _from_strings(array, name)
     found = dtype or _dtype_of(array.dtype, name)
     if dtype is not None:

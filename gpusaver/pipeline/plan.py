@@ -18,7 +18,7 @@ from gpusaver.bundle.index import Entry, IndexTemplate
 from gpusaver.bundle.layout import Column, Layout, plan_layout
 from gpusaver.bundle.slices import check_tiling, slice_key
 from gpusaver.bundle.strings import encode_strings
-from gpusaver.device import HOST, Event, Runtime, admit, are_different, runtimes_of
+from gpusaver.device import HOST, Event, Runtime, admit, are_different, runtimes_of, specs_of
 from gpusaver.device.host import address, own_memory
 from gpusaver.errors import InternalError, InvalidArgumentError
 from gpusaver.pipeline.save import Sources
@@ -240,6 +240,31 @@ def plan_save(leaves: Leaves, *, sharded: bool, cached: Plan | None, frozen: fro
         cached = None
     if cached is not None and (unchanged := _unchanged(leaves, cached)) is not None:
         return unchanged
+    rows, sources, strings = _plain(leaves) or _one_by_one(leaves, cached)
+    if cached is None or cached.rows != rows:
+        cached = _make_plan(rows, sources, sharded, frozen)
+    return Save(cached, sources, strings)
+
+
+_Described = tuple[Rows, Sources, dict[int, int]]
+
+
+def _plain(leaves: Leaves) -> _Described | None:
+    """What :func:`_one_by_one` finds, in an eighth of the time, where all are whole arrays, and no two the same."""
+    arrays, count = leaves.values, len(leaves)
+    runtimes = runtimes_of(arrays)
+    if runtimes is None or None in leaves.keys or leaves.parts.count(None) < count:
+        return None
+    specs = specs_of(arrays)
+    if specs is None or not are_different(arrays) or not _are_apart(arrays, runtimes):
+        return None
+    rows = Rows(leaves.names)
+    rows.specs, rows.tensors, rows.runtimes = specs, array.array("q", range(count)), runtimes
+    rows.devices, rows.dtypes = [runtime.name for runtime in runtimes], list(map(_DTYPE, arrays))
+    return rows, Sources(list(runtimes), list(arrays)), {}
+
+
+def _one_by_one(leaves: Leaves, cached: Plan | None) -> _Described:
     sources = Sources()
     strings: dict[int, int] = {}
     numbers: dict[Any, int] = {}
@@ -258,9 +283,7 @@ def plan_save(leaves: Leaves, *, sharded: bool, cached: Plan | None, frozen: fro
                 sources.add(runtime, value)
                 continue
         rows.add(_admit(leaf, own_memory, sources, strings, numbers))
-    if cached is None or cached.rows != rows:
-        cached = _make_plan(rows, sources, sharded, frozen)
-    return Save(cached, sources, strings)
+    return rows, sources, strings
 
 
 def _unchanged(leaves: Leaves, cached: Plan) -> Save | None:

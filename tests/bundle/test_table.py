@@ -337,6 +337,27 @@ def test_keys_of_a_large_table_are_found_without_decoding_it(monkeypatch: pytest
         assert len(found) == len(starts) == len(ends)
 
 
+@pytest.mark.parametrize("place", [0, 3, 200])
+def test_an_unusual_entry_hides_only_what_follows_in_its_run(place: int) -> None:
+    items = some_items(500)
+    items[place] = (items[place][0], bytes(300))
+    table = Table(build_table([(items[-1][0], build_block(items, 16))]), "t.index")
+    found, data, starts, ends = table.find(key for key, _ in items)
+    values = [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    hidden = slice(place, place // 16 * 16 + 16)
+    assert list(zip(found, values, strict=True)) == items[: hidden.start] + items[hidden.stop :]
+    assert read(written(items)) == items
+
+
+def test_keys_that_end_in_zeros_are_told_apart() -> None:
+    items = [(b"k%02d" % number + bytes(zeros), b"%d" % zeros) for number in range(50) for zeros in range(3)]
+    for restarts in (1, 2, 3, 16):
+        table = Table(build_table([(items[-1][0], build_block(items, restarts))]), "t.index")
+        found, *_ = table.find(key for key, _ in items)
+        assert found == [key for key, _ in items]
+        assert list(table.items()) == items
+
+
 @pytest.mark.parametrize("restarts", [1, 16, 64])
 def test_large_blocks_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch, restarts: int) -> None:
     items = some_items(5000)

@@ -5,6 +5,7 @@ A number here may go down; if one must go up, docs/performance.md says what it b
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -87,6 +88,13 @@ def test_a_few_of_many_take_a_read_each_and_no_more(tmp_path: Path) -> None:
         assert all((state[name] == int(name[1:])).all() for name in some)
         assert len(some) < counts["preadv"] <= len(some) + 10, counts
         assert python_calls(lambda: saver.restore(prefix)) <= 2500
+
+
+def test_calls_of_python_to_make_a_saver() -> None:
+    """All leaves are looked at, but as columns."""
+    gpusaver.Saver(state_of(10))
+    few, many = (python_calls(functools.partial(gpusaver.Saver, state_of(count))) for count in (1000, 3000))
+    assert 0 < (many - few) / 2000 <= 2, (few, many)
 
 
 @pytest.mark.parametrize(

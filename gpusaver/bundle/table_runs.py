@@ -1,0 +1,109 @@
+"""Runs of entries whose keys share beginnings, as table blocks have them, all read side by side.
+
+::
+
+    run 0   entry | entry | ...     step 0 is the first entry of each run, step 1 the second,
+    run 1   entry | entry | ...     and so on: all that follows is done with a step as a whole
+
+Half the time of reading one entry after the other.  Only what every writer writes is read so, lengths of one octet and
+keys that do not end in zeros; the rest is said to be unusual, whatever it is, and left to :mod:`table_reader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gpusaver.bundle.coding import rows_at
+
+_MAX_RUN_LENGTH = 64
+
+Column = npt.NDArray[np.int64]
+Octets = npt.NDArray[np.uint8]
+
+
+class RunEntries(NamedTuple):
+    """By step and run.  ``keys``: those that are shorter end in zeros.  ``is_usual``: of each run, whether all of it
+    was read; where not, up to the first entry that is another's."""
+
+    is_there: npt.NDArray[np.bool_]
+    keys: npt.NDArray[np.bytes_]
+    key_nbytes: Octets
+    starts: Column
+    ends: Column
+    is_usual: npt.NDArray[np.bool_]
+
+
+def read_runs(data: bytes, starts: Column, stops: Column, allowance: int) -> RunEntries | None:
+    """The entries of the runs that begin and end there; None if their keys would take more than ``allowance``."""
+    octets = np.frombuffer(data, np.uint8)
+    is_usual = np.ones(len(starts), np.bool_)
+    steps: list[tuple[npt.NDArray[Any], ...]] = []
+    key_nbytes = np.zeros(len(starts), np.uint8)
+    position = starts
+    while (is_there := position < stops).any():
+        shared, unshared, value_nbytes = (octets.take(position + n, mode="clip") for n in range(3))
+        key_at = position + 3
+        start = key_at + unshared
+        end = start + value_nbytes
+        is_sound = (shared <= key_nbytes) & (shared | unshared | value_nbytes < 128) & (end <= stops)
+        if len(steps) == _MAX_RUN_LENGTH:
+            is_sound[:] = False
+        is_usual &= is_sound | ~is_there
+        is_there &= is_sound
+        shared *= is_there
+        key_nbytes = shared + unshared * is_there
+        position = np.where(is_there, end, stops)
+        steps.append((is_there, np.where(is_there, key_at - shared, 0), shared, key_nbytes, start, end))
+    if not steps:
+        return None
+    is_there, origins, shared, key_nbytes, starts, ends = map(np.array, zip(*steps, strict=True))
+    longest = max(1, int(key_nbytes.max()))
+    if max(int(shared.sum(dtype=np.int64)), key_nbytes.size * longest) > allowance:
+        return None
+    masks = _masks(longest)
+    is_shared = masks.take(shared, axis=0)
+    letters = rows_at(octets, origins, longest)
+    letters &= masks.take(key_nbytes, axis=0) ^ is_shared
+    for step in range(1, len(steps)):
+        letters[step] |= letters[step - 1] & is_shared[step]
+    return RunEntries(is_there, letters.view(f"S{longest}")[..., 0], key_nbytes, starts, ends, is_usual)
+
+
+def find_in_runs(
+    data: bytes, keys: Sequence[bytes], starts: Column, stops: Column, allowance: int
+) -> tuple[list[int], Column, Column]:
+    """Which of the keys are found in their runs, which begin and end there, and where the value of each lies."""
+    _, first, run = np.unique(starts, return_index=True, return_inverse=True)  # many keys may be in one
+    entries = read_runs(data, starts[first], stops[first], allowance)
+    if entries is None:
+        return [], starts[:0], starts[:0]
+    nbytes = np.fromiter(map(len, keys), np.int64, len(keys))
+    is_it = (entries.keys[:, run] == np.array(keys)) & (entries.key_nbytes[:, run] == nbytes)
+    is_it &= entries.is_there[:, run]
+    rows = np.flatnonzero(is_it.any(axis=0))
+    place = is_it.argmax(axis=0)[rows], run[rows]
+    return rows.tolist(), entries.starts[place], entries.ends[place]
+
+
+def first_keys(data: bytes, starts: Column, stops: Column) -> npt.NDArray[np.bytes_] | None:
+    """Of each run, None if one of them is unusual."""
+    octets = np.frombuffer(data, np.uint8)
+    shared, nbytes, value_nbytes = (octets.take(starts + n, mode="clip") for n in range(3))
+    ends = starts + 3 + nbytes
+    if (shared | (nbytes | value_nbytes) // 128).any() or (ends + value_nbytes > stops).any():
+        return None
+    if (octets[ends - 1] == 0)[nbytes > 0].any():  # it could not be told from a shorter one
+        return None
+    longest = max(1, int(nbytes.max(initial=0)))
+    letters = rows_at(octets, starts + 3, longest)
+    letters &= _masks(longest).take(nbytes, axis=0)
+    return letters.view(f"S{longest}")[..., 0]
+
+
+def _masks(longest: int) -> Octets:
+    """Row ``n`` keeps the first ``n`` octets of so many."""
+    return -np.tri(longest + 1, longest, -1, np.uint8)
