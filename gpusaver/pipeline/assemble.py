@@ -208,9 +208,11 @@ class Assembly:
         """
         files: dict[int, ReadableFile] = {}
         whole = self._whole_entries() if verify_first else Reads()
-        all_reads = (self._string_reads, self._reads, self._part_reads, whole)
+        all_reads = [reads for reads in (self._string_reads, self._reads, self._part_reads, whole) if reads]
 
         def read(reads: Reads, *, keep: bool = True, max_gap: int | None = None) -> dict[int, int]:
+            if not reads:
+                return {}
             result = read_entries(reads, files, slots, threads, describe=self._data_path, keep=keep, max_gap=max_gap)
             self.read_nbytes += result.nbytes
             return result.checksums
@@ -224,11 +226,10 @@ class Assembly:
                 threads = max([threads, *(file.parallel_reads for file in files.values())])
             for reads in all_reads:
                 self._check_lengths(reads)
-            if self._string_reads:
-                # They go into memory of our own and show their damage when decoded: then nothing has been changed yet.
-                read(self._string_reads)
-                for decode in self._decode:
-                    decode()
+            # They go into memory of our own and show their damage when decoded: then nothing has been changed yet.
+            read(self._string_reads)
+            for decode in self._decode:
+                decode()
             if verify_first:
                 read(self._reads, keep=False)
                 read(whole, keep=False)

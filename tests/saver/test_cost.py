@@ -87,7 +87,7 @@ def test_a_few_of_many_take_a_read_each_and_no_more(tmp_path: Path) -> None:
         counts = system_calls(tmp_path, lambda: saver.restore(prefix))
         assert all((state[name] == int(name[1:])).all() for name in some)
         assert len(some) < counts["preadv"] <= len(some) + 10, counts
-        assert python_calls(lambda: saver.restore(prefix)) <= 2500
+        assert python_calls(lambda: saver.restore(prefix)) <= 1500
 
 
 def test_calls_of_python_to_make_a_saver() -> None:
