@@ -38,13 +38,17 @@ class RunEntries(NamedTuple):
 
 
 def read_runs(data: bytes, starts: Column, stops: Column, allowance: int) -> RunEntries | None:
-    """The entries of the runs that begin and end there; None if their keys would take more than ``allowance``."""
+    """The entries of the runs that begin and end there; None if their keys would take more than ``allowance``, or if
+    few of the runs are long, so that most steps would be empty."""
     octets = np.frombuffer(data, np.uint8)
     is_usual = np.ones(len(starts), np.bool_)
     steps: list[tuple[npt.NDArray[Any], ...]] = []
     key_nbytes = np.zeros(len(starts), np.uint8)
     position = starts
+    most_places = int((stops - starts).sum())  # an entry has three octets, and writers' runs are of one length
     while (is_there := position < stops).any():
+        if len(starts) * (len(steps) + 1) > most_places:
+            return None
         shared, unshared, value_nbytes = (octets.take(position + n, mode="clip") for n in range(3))
         key_at = position + 3
         start = key_at + unshared

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import sys
+import tracemalloc
 
 import pytest
 from bundle_tools import (
@@ -356,6 +358,22 @@ def test_keys_that_end_in_zeros_are_told_apart() -> None:
         found, *_ = table.find(key for key, _ in items)
         assert found == [key for key, _ in items]
         assert list(table.items()) == items
+
+
+def test_one_long_run_among_many_short_ones_takes_no_memory_for_all() -> None:
+    """Which nobody writes: steps have a place for each run."""
+    keys = [b"%05d" % number for number in range(8000)]
+    whole = [build_block([(key, b"")])[:-8] for key in keys]  # an entry without its restart array
+    long = b"".join(b"\5\1\0" + bytes([65 + number]) for number in range(60))  # each shares five octets, and adds one
+    starts = list(itertools.accumulate(map(len, whole[:-1]), initial=0))
+    block = b"".join(whole) + long + b"".join(start.to_bytes(4, "little") for start in [*starts, len(starts)])
+    data = build_table([(b"99999", block)])
+    tracemalloc.start()
+    found = list(Table(data, "t.index").items())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 8060
+    assert peak < 50 * len(data)
 
 
 @pytest.mark.parametrize("restarts", [1, 16, 64])
