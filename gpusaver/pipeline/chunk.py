@@ -119,14 +119,14 @@ def around_slot(in_place: Sequence[InPlace], slot: memoryview) -> list[Buffer]:
 
 def zero_gaps(chunk: Chunk, slot: memoryview) -> None:
     """Clears what no piece covers of a reused slot: old bytes must not reach the file."""
-    position = 0
+    position = chunk.nbytes
     if chunk.has_gaps:
+        position = 0
         for start, end in zip(chunk.starts, chunk.ends, strict=True):
             gap = start - chunk.offset - position
             if gap > 0:
                 slot[position : position + gap] = bytes(gap)
-            position = end - chunk.offset
-    position = min(position, chunk.nbytes) if chunk.has_gaps else chunk.nbytes
+            position = min(end - chunk.offset, chunk.nbytes)
     if position < slot.nbytes:
         slot[position:] = bytes(slot.nbytes - position)
 

@@ -8,7 +8,7 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from gpusaver.pipeline.chunk import (
     CHUNK_NBYTES,
     IN_PLACE_NBYTES,
     Checksums,
-    InPlace,
     around_slot,
     find_in_place,
     transfers,
@@ -204,35 +203,28 @@ class _Writer:
         """
         file = self._files[chunk.shard]
         padded = slot[: _padded(chunk, file)]
-        in_place: list[InPlace] = []
-        for run in chunk.runs(IN_PLACE_NBYTES):
-            if len(run) > 1:
-                self._fill_run(chunk, run, padded)
-                continue
-            piece = chunk.piece(run.start)
-            array = self._arrays[piece.tensor]
-            found = find_in_place(piece, array, file.alignment)
-            if found is not None:
-                in_place.append(found)
-            with self.timeline.span("copy", piece.nbytes if found is None else 0):
-                HOST.to_slot([Transfer(array, *piece[1:])] if found is None else found.edges, padded)
-            with self.timeline.span("checksum", piece.nbytes):
+        runs = list(chunk.runs(IN_PLACE_NBYTES))
+        packed = [_Packed.of(chunk, run, padded) for run in runs if len(run) > 1]
+        pieces = [chunk.piece(run.start) for run in runs if len(run) == 1]
+        arrays = [self._arrays[piece.tensor] for piece in pieces]
+        found = [find_in_place(piece, array, file.alignment) for piece, array in zip(pieces, arrays, strict=True)]
+        in_place = [one for one in found if one is not None]
+        nbytes = sum(piece.nbytes for piece in pieces) + sum(run.octets.nbytes for run in packed)
+        with self.timeline.span("copy", nbytes - sum(one.octets.nbytes for one in in_place)):
+            for run in packed:
+                HOST.gather([self._arrays[tensor] for tensor in run.tensors], run.octets)
+            for piece, array, one in zip(pieces, arrays, found, strict=True):
+                HOST.to_slot([Transfer(array, *piece[1:])] if one is None else one.edges, padded)
+        with self.timeline.span("checksum", nbytes):
+            for run in packed:
+                self.checksums.add_whole(*run)
+            for piece, one in zip(pieces, found, strict=True):
                 place = padded[piece.offset : piece.offset + piece.nbytes]
-                self.checksums.add(piece, place if found is None else found.view)
+                self.checksums.add(piece, place if one is None else one.view)
         zero_gaps(chunk, padded)
         if in_place:
             self.unread.one_more()
         return Ready(around_slot(in_place, padded), bool(in_place))
-
-    def _fill_run(self, chunk: Chunk, run: range, slot: memoryview) -> None:
-        """Whole small tensors side by side, without an object for each."""
-        tensors, ends = chunk.tensors[run.start : run.stop], chunk.ends[run.start : run.stop]
-        start = chunk.starts[run.start]
-        octets = slot[start - chunk.offset : ends[-1] - chunk.offset]
-        with self.timeline.span("copy", octets.nbytes):
-            HOST.gather([self._arrays[tensor] for tensor in tensors], octets)
-        with self.timeline.span("checksum", octets.nbytes):
-            self.checksums.add_whole(tensors, octets, [end - start for end in ends])
 
     def write_filled(self, filled: Filled) -> None:
         if self._cancelled.is_set():
@@ -256,6 +248,20 @@ class _Writer:
             return
         with self.timeline.span("checksum", chunk.nbytes):
             self.checksums.add_chunk(chunk, slot)
+
+
+class _Packed(NamedTuple):
+    """Whole small tensors side by side, without an object for each: where they lie in a slot, and end there."""
+
+    tensors: list[int]
+    octets: memoryview
+    ends: list[int]
+
+    @staticmethod
+    def of(chunk: Chunk, run: range, slot: memoryview) -> _Packed:
+        start, ends = chunk.starts[run.start], chunk.ends[run.start : run.stop]
+        octets = slot[start - chunk.offset : ends[-1] - chunk.offset]
+        return _Packed(chunk.tensors[run.start : run.stop], octets, [end - start for end in ends])
 
 
 def checksums_now(layout: Layout, sources: Sources, slots: Slots) -> dict[int, int]:
