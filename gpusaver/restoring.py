@@ -24,7 +24,7 @@ from gpusaver.device import (
     are_contiguous,
     are_different,
     array_types,
-    known_dtype,
+    plain_types,
     runtimes_of,
 )
 from gpusaver.device.host import address, byte_bounds, own_memory
@@ -183,7 +183,7 @@ def _fitting(leaves: Leaves, runtimes: Sequence[Runtime], entries: Entries, rows
     if rows != range(len(entries)):
         specs = [None if row is None else entries.specs[row] for row in rows]
     dtypes = list(map(_DTYPE, leaves.values))
-    types = {dtype: known_dtype(dtype) if dtype.isnative else None for dtype in set(dtypes)}
+    types = plain_types(dtypes)
     # A leaf without a key is a Variable's, which may have declared another type.
     return [
         spec is not None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,21 @@ def rows_at(octets: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], nbytes
         octets = np.concatenate((octets, np.zeros(nbytes, np.uint8)))
     windows = np.ndarray(len(octets) - nbytes + 1, f"V{nbytes}", octets.data, 0, (1,))
     return windows[places].view(np.uint8).reshape(*places.shape, nbytes)
+
+
+def texts_at(
+    octets: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], nbytes: npt.NDArray[Any]
+) -> npt.NDArray[np.bytes_]:
+    """So many octets from each place on, one-dimensional; those that are shorter than others end in zeros."""
+    longest = max(1, int(nbytes.max(initial=0)))
+    letters = rows_at(octets, places, longest)
+    letters &= octet_masks(longest).take(nbytes, axis=0)
+    return letters.view(f"S{longest}")[..., 0]
+
+
+def octet_masks(longest: int) -> npt.NDArray[np.uint8]:
+    """Row ``n`` keeps the first ``n`` octets of so many."""
+    return -np.tri(longest + 1, longest, -1, np.uint8)
 
 
 def field(tag: bytes, content: bytes) -> bytes:

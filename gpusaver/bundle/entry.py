@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from gpusaver.bundle.coding import CACHED_SLICES, field, rows_at, varint
+from gpusaver.bundle.coding import CACHED_SLICES, field, rows_at, texts_at, varint
 from gpusaver.errors import DataLossError, InvalidArgumentError, UnimplementedError
 from gpusaver.protos import tensor_bundle_pb2, types_pb2
 from gpusaver.tensor import MAX_ELEMENTS, DataType, TensorSlice, TensorSpec
@@ -215,10 +215,7 @@ def decode_entries(data: bytes, starts: Column, ends: Column, num_shards: int) -
 
 def _decode_heads(octets: npt.NDArray[np.uint8], first: Column, nbytes: Column) -> list[tuple[TensorSpec, int]]:
     """What the ``nbytes`` octets from ``first`` on say, each; nothing where there are none."""
-    number = np.arange(int(nbytes.max(initial=1)))
-    rows = rows_at(octets, first, len(number))
-    rows *= number < nbytes[:, None]
-    heads = rows.view(f"S{len(number)}").ravel().tolist()
+    heads: list[bytes] = texts_at(octets, first, nbytes).tolist()
     kinds = {head: _decode_filled_head(head) for head in set(heads)}
     return list(map(kinds.__getitem__, heads))
 

@@ -109,7 +109,8 @@ class Table:
 
         Some are left out where what is read is not as every writer writes it.
         """
-        wanted, parts = self._by_block(sorted(set(keys)))
+        parts = self._by_block(sorted(set(keys)))
+        wanted = [key for _, part in parts for key in part]
         starts, stops = map(np.concatenate, zip((_NONE, _NONE), *[block.runs for block, _ in parts], strict=True))
         firsts = first_keys(self._data, starts, stops) if len(starts) < len(wanted) * _RUNS_PER_FIRST else None
         if firsts is not None:
@@ -123,14 +124,15 @@ class Table:
         allowance = KEY_EXPANSION * len(self._data) + _KEY_ALLOWANCE
         for first in range(0, len(wanted), _MAX_FOUND_AT_ONCE):
             some = slice(first, first + _MAX_FOUND_AT_ONCE)
-            rows, *places = find_in_runs(self._data, wanted[some], starts[runs[some]], stops[runs[some]], allowance)
+            at = runs[some]
+            rows, begins, ends = find_in_runs(self._data, wanted[some], starts[at], stops[at], allowance)
             found += [wanted[first + row] for row in rows]
-            values.append((places[0], places[1]))
-        starts, ends = map(np.concatenate, zip(*values, strict=True))
-        return found, self._data, starts, ends
+            values.append((begins, ends))
+        begins, ends = map(np.concatenate, zip(*values, strict=True))
+        return found, self._data, begins, ends
 
-    def _by_block(self, keys: list[bytes]) -> tuple[list[bytes], list[tuple[_Block, list[bytes]]]]:
-        """Of ascending keys those that could be in blocks of ``data``: all together, and with their blocks."""
+    def _by_block(self, keys: list[bytes]) -> list[tuple[_Block, list[bytes]]]:
+        """The blocks of ``data``, not those that are compressed, that could have some of these ascending keys."""
         parts = []
         first = 0
         while first < len(keys) and (number := bisect.bisect_left(self._separators, keys[first])) < len(self._handles):
@@ -139,7 +141,7 @@ class Table:
             if block.data is self._data:
                 parts.append((block, keys[first:stop]))
             first = stop
-        return list(itertools.chain(*[part for _, part in parts])), parts
+        return parts
 
     def _read_footer(self) -> tuple[tuple[int, int], tuple[int, int]]:
         size = len(self._data)

@@ -11,13 +11,13 @@ keys that do not end in zeros; the rest is said to be unusual, whatever it is, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from gpusaver.bundle.coding import rows_at
+from gpusaver.bundle.coding import octet_masks, rows_at, texts_at
 
 _MAX_RUN_LENGTH = 64
 
@@ -49,7 +49,7 @@ def read_runs(data: bytes, starts: Column, stops: Column, allowance: int) -> Run
     while (is_there := position < stops).any():
         if len(starts) * (len(steps) + 1) > most_places:
             return None
-        shared, unshared, value_nbytes = (octets.take(position + n, mode="clip") for n in range(3))
+        shared, unshared, value_nbytes = _lengths(octets, position)
         key_at = position + 3
         start = key_at + unshared
         end = start + value_nbytes
@@ -68,7 +68,7 @@ def read_runs(data: bytes, starts: Column, stops: Column, allowance: int) -> Run
     longest = max(1, int(key_nbytes.max()))
     if max(int(shared.sum(dtype=np.int64)), key_nbytes.size * longest) > allowance:
         return None
-    masks = _masks(longest)
+    masks = octet_masks(longest)
     is_shared = masks.take(shared, axis=0)
     letters = rows_at(octets, origins, longest)
     letters &= masks.take(key_nbytes, axis=0) ^ is_shared
@@ -96,18 +96,15 @@ def find_in_runs(
 def first_keys(data: bytes, starts: Column, stops: Column) -> npt.NDArray[np.bytes_] | None:
     """Of each run, None if one of them is unusual."""
     octets = np.frombuffer(data, np.uint8)
-    shared, nbytes, value_nbytes = (octets.take(starts + n, mode="clip") for n in range(3))
+    shared, nbytes, value_nbytes = _lengths(octets, starts)
     ends = starts + 3 + nbytes
     if (shared | (nbytes | value_nbytes) // 128).any() or (ends + value_nbytes > stops).any():
         return None
     if (octets[ends - 1] == 0)[nbytes > 0].any():  # it could not be told from a shorter one
         return None
-    longest = max(1, int(nbytes.max(initial=0)))
-    letters = rows_at(octets, starts + 3, longest)
-    letters &= _masks(longest).take(nbytes, axis=0)
-    return letters.view(f"S{longest}")[..., 0]
+    return texts_at(octets, starts + 3, nbytes)
 
 
-def _masks(longest: int) -> Octets:
-    """Row ``n`` keeps the first ``n`` octets of so many."""
-    return -np.tri(longest + 1, longest, -1, np.uint8)
+def _lengths(octets: Octets, position: Column) -> Iterator[Octets]:
+    """Of the shared and the own part of the key, and of the value, where each takes one octet."""
+    return (octets.take(position + n, mode="clip") for n in range(3))

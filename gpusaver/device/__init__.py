@@ -6,7 +6,7 @@ from gpusaver.device.admission import (
     admit,
     array_types,
     cuda_module,
-    known_dtype,
+    plain_types,
     runtimes_of,
     specs_of,
 )
@@ -35,7 +35,7 @@ __all__ = [
     "are_different",
     "array_types",
     "cuda_module",
-    "known_dtype",
+    "plain_types",
     "runtimes_of",
     "specs_of",
 ]

@@ -21,7 +21,7 @@ import functools
 import importlib
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -106,12 +106,17 @@ def runtimes_of(values: Sequence[Any]) -> list[Runtime] | None:
     return list(map(runtimes.__getitem__, devices))
 
 
+def plain_types(dtypes: Iterable[np.dtype[Any]]) -> dict[np.dtype[Any], DataType | None]:
+    """As what arrays of these are stored byte for byte; None for those that take another form, or none."""
+    return {
+        dtype: known_dtype(dtype) if dtype.isnative and dtype.kind not in _TEXT_KINDS else None for dtype in set(dtypes)
+    }
+
+
 def specs_of(arrays: Sequence[Any]) -> list[TensorSpec] | None:
     """Of arrays of NumPy's or CuPy's own class; None if :func:`admit` has to look at one of them."""
     dtypes = list(map(_DTYPE, arrays))
-    types = {
-        dtype: known_dtype(dtype) if dtype.isnative and dtype.kind not in _TEXT_KINDS else None for dtype in set(dtypes)
-    }
+    types = plain_types(dtypes)
     if None in types.values():
         return None
     return list(map(_spec, map(types.__getitem__, dtypes), map(_SHAPE, arrays)))

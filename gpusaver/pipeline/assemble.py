@@ -226,7 +226,7 @@ class Assembly:
                 threads = max([threads, *(file.parallel_reads for file in files.values())])
             for reads in all_reads:
                 self._check_lengths(reads)
-            # They go into memory of our own and show their damage when decoded: then nothing has been changed yet.
+            # Strings go into memory of our own and show their damage when decoded: then nothing has been changed yet.
             read(self._string_reads)
             for decode in self._decode:
                 decode()
