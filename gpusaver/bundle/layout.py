@@ -88,7 +88,7 @@ class Chunk:
         start, end = self.starts[number], self.ends[number]
         begin = max(start, self.offset)
         nbytes = min(end, self.offset + self.nbytes) - begin
-        return Piece(self.tensors[number], begin - start, begin - self.offset, nbytes)
+        return _piece((self.tensors[number], begin - start, begin - self.offset, nbytes))
 
     @property
     def cut(self) -> list[int]:

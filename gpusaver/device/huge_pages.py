@@ -51,8 +51,9 @@ def huge_region(begin: int, end: int) -> tuple[int, int]:
         count: int = fcntl.ioctl(pages, _PAGEMAP_SCAN, argument)
     except OSError:  # an older kernel, or a sandbox
         return begin, begin
-    regions = [(int(first), int(last)) for first, last, _ in _found.regions[:count]]
-    first, last = max(regions, key=lambda region: region[1] - region[0], default=(begin, begin))
+    _, first, last = max(
+        [(last - first, first, last) for first, last, _ in _found.regions[:count].tolist()], default=(0, begin, begin)
+    )
     return max(first, begin), min(last, end)
 
 

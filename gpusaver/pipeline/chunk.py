@@ -87,19 +87,19 @@ def find_in_place(piece: Piece, array: Any, alignment: int) -> InPlace | None:
     _, start, offset, nbytes = piece
     if nbytes < IN_PLACE_NBYTES or not is_plain(array):
         return None
-    first_address = address(array) + start
-    if (first_address - offset) % alignment:
+    shift = address(array) + start - offset
+    if shift % alignment:
         return None
-    first, last = (place - first_address + offset for place in huge_region(first_address, first_address + nbytes))
-    begin, end = -(-first // alignment) * alignment, last // alignment * alignment
+    first, last = huge_region(shift + offset, shift + offset + nbytes)
+    begin, end = -((shift - first) // alignment) * alignment, (last - shift) // alignment * alignment
     if end - begin < IN_PLACE_NBYTES:
         return None
     view = byte_view(array)[start : start + nbytes]
-    edges = [
-        Transfer(array, start + first - offset, first, last - first)
-        for first, last in ((offset, begin), (end, offset + nbytes))
-        if first < last
-    ]
+    edges = []
+    if offset < begin:
+        edges.append(Transfer(array, start, offset, begin - offset))
+    if end < offset + nbytes:
+        edges.append(Transfer(array, start + end - offset, end, offset + nbytes - end))
     return InPlace(begin, view[begin - offset : end - offset], edges, view)
 
 

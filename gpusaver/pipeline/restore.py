@@ -29,6 +29,8 @@ _COPY_ALIGNMENT = 64
 _STAGED_NBYTES = 256 * 1024
 #: Of tensors that lie apart, and are shorter than that, so many are one job at most.
 _SCATTERED_COUNT = 128
+#: A read for each of so many costs less than a chunk does.
+_MOST_TOGETHER = 8
 #: Where there are many in a chunk, none is so large that looking at each would pay.
 _FEW_PIECES = 64
 #: Reading through a gap of this size costs less than a second read.
@@ -162,7 +164,7 @@ def read_entries(
         gap = _MAX_GAP if max_gap is None else max_gap
         # Short reads of what is in memory are no faster from two threads: they take turns for the interpreter.
         is_local = all(file.parallel_reads == 1 for file in files.values())
-        scattered, parts = _jobs(reads, gap, _SCATTERED_COUNT if is_local else 1)
+        scattered, parts = _jobs(reads, gap, is_local=is_local)
         with verifier.devices(devices.values()):
             work_off(counted(scattered), read, slots, 1 if is_local else threads)
             if parts is not None:
@@ -199,24 +201,29 @@ class _Scattered:
         ]
 
 
-def _jobs(reads: Reads, max_gap: int, count: int) -> tuple[list[_Scattered], Iterator[Chunk] | None]:
-    """Every byte of every row once.  Scattered are short plain arrays further than ``max_gap`` from all others, at most
-    ``count`` a job; None if they are all there is."""
+def _jobs(reads: Reads, max_gap: int, *, is_local: bool) -> tuple[list[_Scattered], Iterator[Chunk] | None]:
+    """Every byte of every row once; None instead of chunks if there are none.
+
+    Scattered are short plain arrays that lie by few, the next more than ``max_gap`` away.  Of a file that is not local
+    each request costs: then only those that lie alone, and each is a job.
+    """
     owners = _owners(reads)
     shard, offset, nbytes, _ = reads.ranges
     order = file_order(shard, offset, nbytes, owners)
     place = np.stack((shard, owners))
     first, second = order[:-1], order[1:]
-    is_near = (place[:, first] == place[:, second]).all(axis=0)
-    is_near &= offset[second] - offset[first] - nbytes[first] <= max_gap
+    is_far = (place[:, first] != place[:, second]).any(axis=0)
+    is_far |= offset[second] - offset[first] - nbytes[first] > max_gap
+    group = np.concatenate(([0], np.cumsum(is_far)))[: len(order)]
     longest = min(_STAGED_NBYTES, CHUNK_NBYTES // 2)  # several have room in a slot
-    is_scattered = np.array(reads.is_plain, np.bool_) & (nbytes < longest)
-    is_scattered[first[is_near]] = is_scattered[second[is_near]] = False
-    rows, others = order[is_scattered[order]], order[~is_scattered[order]]
+    is_other = ~np.array(reads.is_plain, np.bool_)[order] | (nbytes[order] >= longest)
+    are_few = np.bincount(group) <= (_MOST_TOGETHER if is_local else 1)
+    is_scattered = (are_few & (np.bincount(group, is_other) == 0))[group]
+    rows, others = order[is_scattered], order[~is_scattered]
     slot = np.cumsum(nbytes[rows]) // (CHUNK_NBYTES - longest)
-    is_other = (place[:, rows[1:]] != place[:, rows[:-1]]).any(axis=0) | (slot[1:] != slot[:-1])
-    changes = np.flatnonzero(is_other) + 1
-    bounds = sorted({0, len(rows), *changes.tolist(), *range(0, len(rows), count)})
+    is_elsewhere = (place[:, rows[1:]] != place[:, rows[:-1]]).any(axis=0) | (slot[1:] != slot[:-1])
+    changes = np.flatnonzero(is_elsewhere) + 1
+    bounds = sorted({0, len(rows), *changes.tolist(), *range(0, len(rows), _SCATTERED_COUNT if is_local else 1)})
     jobs = [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
     columns = [[column.tolist() for column in (job, offset[job], nbytes[job])] for job in jobs]
     scattered = [_Scattered(int(shard[job[0]]), *column) for job, column in zip(jobs, columns, strict=True)]

@@ -63,6 +63,8 @@ _LONG_NBYTES = 1 << 20
 #: Buffers of this size on average are coarse.
 _COARSE_NBYTES = 64 * 1024
 _NBYTES = operator.attrgetter("nbytes")
+#: So short a way from one buffer's place to the next one's is read sooner than skipped.
+_NEAR_NBYTES = 64 * 1024
 
 
 def _move(call: Callable[[int, Any, int], int], fd: int, offset: int, buffers: Sequence[Buffer]) -> tuple[int, int]:
@@ -89,6 +91,17 @@ def _move(call: Callable[[int, Any, int], int], fd: int, offset: int, buffers: S
             pending[first] = _octets(pending[first])[count:]
             sizes[first] -= count
     return moved, wanted
+
+
+def _side_by_side(offsets: Sequence[int], buffers: Sequence[Buffer]) -> Iterator[tuple[int, int]]:
+    """Where the disk had better read what lies near at once: offsets and lengths."""
+    first, end = offsets[0], 0
+    for offset, nbytes in zip(offsets, map(_NBYTES, buffers), strict=True):
+        if end and offset - end > _NEAR_NBYTES:
+            yield first, end - first
+            first = offset
+        end = max(end, offset + nbytes)
+    yield first, end - first
 
 
 def _copied(buffers: Sequence[Buffer]) -> memoryview:
@@ -194,8 +207,8 @@ class LocalReadableFile:
     def read_each(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
         if self._waits(offsets[0]):
             with contextlib.suppress(OSError):  # a hint
-                for offset, buffer in zip(offsets, buffers, strict=True):
-                    os.posix_fadvise(self._fd, offset, buffer.nbytes, os.POSIX_FADV_WILLNEED)
+                for first, nbytes in _side_by_side(offsets, buffers):
+                    os.posix_fadvise(self._fd, first, nbytes, os.POSIX_FADV_WILLNEED)
         read: Callable[[int, Any, int], int] = os.preadv
         with _translated("read", self._path):
             for offset, buffer in zip(offsets, buffers, strict=True):

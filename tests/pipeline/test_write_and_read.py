@@ -119,10 +119,14 @@ def test_any_subset_comes_back(
 
 @given(
     st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 3000), st.integers(0, 1)), max_size=60),
+    st.booleans(),
     st.randoms(use_true_random=False),
 )
-@example([(9000, 1000, 0)] * 20 + [(9000, 1000, 1)] * 20, Random(1))
-def test_jobs_read_every_byte_once_and_fit_a_slot(places: list[tuple[int, int, int]], random: Any) -> None:
+@example([(9000, 1000, 0)] * 20 + [(9000, 1000, 1)] * 20, True, Random(1))
+@example([(9000, 1000, 0), (10, 1000, 0)] * 5 + [(10, 1000, 0)] * 20, True, Random(2))
+def test_jobs_read_every_byte_once_and_fit_a_slot(
+    places: list[tuple[int, int, int]], is_local: bool, random: Any
+) -> None:
     ends, entries = [0, 0], []
     for gap, nbytes, shard in places:
         entries.append(Entry(TensorSpec(DataType.uint8, (nbytes,)), shard, ends[shard] + gap, nbytes, 0))
@@ -131,7 +135,7 @@ def test_jobs_read_every_byte_once_and_fit_a_slot(places: list[tuple[int, int, i
     reads = restore.Reads()
     for number, entry in enumerate(entries):
         reads.add(entry, HOST, np.empty(entry.nbytes, np.uint8), str(number), in_place=True)
-    scattered, parts = restore._jobs(reads, 4096, 128)
+    scattered, parts = restore._jobs(reads, 4096, is_local=is_local)
     found = []
     for job in scattered:
         assert job.nbytes <= restore.CHUNK_NBYTES
@@ -147,6 +151,20 @@ def test_jobs_read_every_byte_once_and_fit_a_slot(places: list[tuple[int, int, i
         assert start == reached[tensor]
         reached[tensor] += nbytes
     assert reached == whole
+
+
+@pytest.mark.parametrize(
+    ("together", "is_local", "is_read_alone"), [(8, True, True), (9, True, False), (2, False, False)]
+)
+def test_few_that_lie_together_are_read_one_by_one(together: int, is_local: bool, is_read_alone: bool) -> None:
+    """A chunk for each few costs several times as much, but for a request of an object store."""
+    reads = restore.Reads()
+    for number in range(5 * together):
+        spec, offset = TensorSpec(DataType.uint8, (100,)), number * 100 + number // together * 100_000
+        reads.add(Entry(spec, 0, offset, 100, 0), HOST, np.empty(100, np.uint8), str(number), in_place=True)
+    scattered, parts = restore._jobs(reads, 65536, is_local=is_local)
+    assert [len(job.tensors) for job in scattered] == [5 * together] * is_read_alone
+    assert len(list(parts or [])) == (0 if is_read_alone else 5)
 
 
 class Watching(LocalStorage):

@@ -448,3 +448,19 @@ def test_an_error_is_translated_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UnknownError, match=f"sync directory {tmp_path}") as caught:
         LocalStorage().make_directory(f"{tmp_path}/d")
     assert caught.value.__cause__ is not caught.value
+
+
+def test_the_disk_is_told_of_what_lies_near_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(content := os.urandom(400_000))
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, nbytes, __: told.append((offset, nbytes)))
+    monkeypatch.setattr(local.LocalReadableFile, "_waits", lambda *_: True)
+    file = LocalStorage().open(str(path))
+    offsets = [0, 1000, 66_000, 131_737, 131_800, 399_000]
+    buffers = [np.empty(nbytes, np.uint8) for nbytes in (900, 200, 200, 900, 100, 1000)]
+    file.read_each(offsets, [buffer.data for buffer in buffers])
+    file.close()
+    assert told == [(0, 66_200), (131_737, 900), (399_000, 1000)]
+    for offset, buffer in zip(offsets, buffers, strict=True):
+        assert buffer.tobytes() == content[offset : offset + buffer.nbytes]
