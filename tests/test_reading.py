@@ -110,13 +110,16 @@ class CountingStorage(LocalStorage):
     def open(self, path: str) -> Any:
         self.opened.append(Path(path).name)
         file = super().open(path)
-        inner: Callable[..., None] = file.read_into
 
-        def read_into(offset: int, buffers: Any) -> None:
-            self.nbytes += sum(buffer.nbytes for buffer in buffers)
-            inner(offset, buffers)
+        def noted(inner: Callable[..., None]) -> Callable[..., None]:
+            def read(place: int | Sequence[int], buffers: Any) -> None:
+                self.nbytes += sum(buffer.nbytes for buffer in buffers)
+                inner(place, buffers)
 
-        file.read_into = read_into  # type: ignore[method-assign]
+            return read
+
+        file.read_into = noted(file.read_into)  # type: ignore[method-assign]
+        file.read_each = noted(file.read_each)  # type: ignore[method-assign]
         return file
 
 

@@ -104,6 +104,9 @@ class Chunk:
 
     def runs(self, nbytes: int) -> Iterator[range]:
         """Numbers of tensors that lie here whole, side by side, each of less than ``nbytes``; others come alone."""
+        if all(end - start >= nbytes for start, end in zip(self.starts, self.ends, strict=True)):
+            yield from (range(number, number + 1) for number in range(len(self.tensors)))
+            return
         starts, ends = np.asarray(self.starts), np.asarray(self.ends)
         alone = ends - starts >= nbytes
         alone[self.cut] = True

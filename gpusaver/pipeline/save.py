@@ -13,20 +13,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpusaver.bundle.crc import combine
-from gpusaver.bundle.layout import Chunk, Layout
+from gpusaver.bundle.layout import Chunk, Layout, Piece
 from gpusaver.device import HOST, Checking, Event, Runtime, Transfer, Transfers
 from gpusaver.errors import CancelledError
 from gpusaver.pipeline.chunk import (
     CHUNK_NBYTES,
     IN_PLACE_NBYTES,
     Checksums,
+    InPlace,
     around_slot,
     find_in_place,
     transfers,
     vectored_buffers,
     zero_gaps,
 )
-from gpusaver.pipeline.staging import Filled, Ready, Staging
+from gpusaver.pipeline.staging import Filled, Job, Ready, Staging
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
 from gpusaver.storage.base import WritableFile
@@ -36,6 +37,9 @@ _ZEROS = memoryview(bytes(64 * 1024))
 #: Where the host copies for writers that wait for the disk.
 _LEAST_CHUNKS = 20
 _LEAST_CHUNK_NBYTES = 2 * 1024 * 1024
+#: So many are planned at once, fewer where one has more tensors: there planning costs little for each, and memory.
+_PLANNED_CHUNKS = 16
+_PLANNED_TENSORS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +138,13 @@ def _write_staged(
     ring = slots.ring(devices[0] if devices else HOST)
     threads = min(threads, sum(layout.shard_nbytes) // CHUNK_NBYTES + 1)
     # Where offsets must ascend, one owner comes after the other, as in the files.
-    groups = [[one] for one in staged] if any(file.ordered for file in files) else [staged]
+    jobs_of = [
+        (runtime, writer.plan_ahead(own) if runtime is HOST else zip(own, itertools.repeat(None)))
+        for runtime, own in staged
+    ]
+    groups = [[one] for one in jobs_of] if any(file.ordered for file in files) else [jobs_of]
     for number, group in enumerate(groups, 1):
-        staging = Staging(group, lambda chunk: _transfers(chunk, sources), writer.fill, ring, writer.timeline)
+        staging = Staging(group, lambda chunk: _transfers(chunk, sources), ring, writer.timeline)
         write = functools.partial(_write_job, writer, staging)
         staging.start(on_recorded, writer.unread.one_less)
         try:
@@ -195,19 +203,37 @@ class _Writer:
         if not is_copied:
             self.unread.one_less()
 
-    def fill(self, chunk: Chunk, slot: memoryview) -> Ready:
+    def plan_ahead(self, chunks: Iterator[Chunk]) -> Iterator[Job]:
+        """Chunks of the host, and what fills a slot with each.
+
+        Several are planned at once.  Checksums take all of a core's caches: what Python needs is not there afterwards,
+        and planning a chunk then takes several times as long as the next one.
+        """
+        plans: list[_Plan] = []
+        for chunk in chunks:
+            plans.append(self._plan(chunk))
+            if len(plans) == _PLANNED_CHUNKS or len(chunk.tensors) > _PLANNED_TENSORS:
+                yield from ((plan.chunk, functools.partial(self._fill, plan)) for plan in plans)
+                plans = []
+        yield from ((plan.chunk, functools.partial(self._fill, plan)) for plan in plans)
+
+    def _plan(self, chunk: Chunk) -> _Plan:
+        runs = list(chunk.runs(IN_PLACE_NBYTES))
+        pieces = [chunk.piece(run.start) for run in runs if len(run) == 1]
+        arrays = [self._arrays[piece.tensor] for piece in pieces]
+        alignment = self._files[chunk.shard].alignment
+        found = [find_in_place(piece, array, alignment) for piece, array in zip(pieces, arrays, strict=True)]
+        return _Plan(chunk, [run for run in runs if len(run) > 1], pieces, arrays, found)
+
+    def _fill(self, plan: _Plan, slot: memoryview) -> Ready:
         """What is to be written of a chunk of the host around the page cache, with all but that done.
 
         Long pieces are written from where they are, if they lie there as in the file, page on page.
         Checksums are computed here rather than by a writer: the bytes are in this core's caches, and the writers wait.
         """
-        file = self._files[chunk.shard]
-        padded = slot[: _padded(chunk, file)]
-        runs = list(chunk.runs(IN_PLACE_NBYTES))
-        packed = [_Packed.of(chunk, run, padded) for run in runs if len(run) > 1]
-        pieces = [chunk.piece(run.start) for run in runs if len(run) == 1]
-        arrays = [self._arrays[piece.tensor] for piece in pieces]
-        found = [find_in_place(piece, array, file.alignment) for piece, array in zip(pieces, arrays, strict=True)]
+        chunk, _, pieces, arrays, found = plan
+        padded = slot[: _padded(chunk, self._files[chunk.shard])]
+        packed = [_Packed.of(chunk, run, padded) for run in plan.runs]
         in_place = [one for one in found if one is not None]
         nbytes = sum(piece.nbytes for piece in pieces) + sum(run.octets.nbytes for run in packed)
         with self.timeline.span("copy", nbytes - sum(one.octets.nbytes for one in in_place)):
@@ -248,6 +274,17 @@ class _Writer:
             return
         with self.timeline.span("checksum", chunk.nbytes):
             self.checksums.add_chunk(chunk, slot)
+
+
+class _Plan(NamedTuple):
+    """``runs`` of small tensors that lie side by side, all else in pieces: of ``arrays``, where ``found`` is not None
+    written from where they are."""
+
+    chunk: Chunk
+    runs: list[range]
+    pieces: list[Piece]
+    arrays: list[Any]
+    found: list[InPlace | None]
 
 
 class _Packed(NamedTuple):

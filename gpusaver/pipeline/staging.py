@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from gpusaver.bundle.layout import Chunk
-from gpusaver.device import HOST, Event, HostBuffer, Runtime, Transfers
+from gpusaver.device import Event, HostBuffer, Runtime, Transfers
 from gpusaver.device.inventory import nearby_cpus
 from gpusaver.device.nvml import bind_thread
 from gpusaver.pipeline.timeline import Timeline
@@ -61,24 +61,26 @@ class Filled(NamedTuple):
     ready: Ready | None
 
 
+#: A chunk, and what fills a slot with it: None of a device's, which the copier queues.
+Job = tuple[Chunk, Callable[[memoryview], Ready] | None]
+
+
 class Copier:
     """Fills slots with the chunks of one runtime, in a thread of its own."""
 
     def __init__(
         self,
         runtime: Runtime,
-        chunks: Iterable[Chunk],
+        jobs: Iterable[Job],
         transfers: Callable[[Chunk], Transfers],
-        fill: Callable[[Chunk, memoryview], Ready],
         ring: Ring,
         filled: queue.SimpleQueue[Filled | BaseException | None],
         stop: threading.Event,
         timeline: Timeline,
     ) -> None:
         self._runtime = runtime
-        self._chunks = chunks
+        self._jobs = jobs
         self._transfers = transfers
-        self._fill = fill
         self._ring = ring
         self._filled = filled
         self._stop = stop
@@ -100,14 +102,14 @@ class Copier:
         bind_thread(nearby_cpus(self._runtime.name))
         try:
             event: Event | None = None
-            for chunk in self._chunks:
+            for chunk, fill in self._jobs:
                 if len(self._queued) == MAX_QUEUED:
                     self._settle()
                 slot = self._free_slot()
                 queued_at = time.perf_counter()
                 try:
-                    if self._runtime is HOST:
-                        filled = Filled(chunk, slot, None, self._fill(chunk, slot.view))
+                    if fill is not None:
+                        filled = Filled(chunk, slot, None, fill(slot.view))
                     else:
                         with self._timeline.range("copy"):
                             event = self._runtime.to_slot(self._transfers(chunk), slot.view)
@@ -134,12 +136,12 @@ class Copier:
     def run_inline(self, on_recorded: Callable[[Event], None], on_copied: Callable[[], None]) -> Iterator[Filled]:
         """The same without a thread of its own, for when none can be started: each chunk when it is asked for."""
         event: Event | None = None
-        for chunk in self._chunks:
+        for chunk, fill in self._jobs:
             slot = self._ring.acquire(self._stop)
             try:
                 ready = None
-                if self._runtime is HOST:
-                    ready = self._fill(chunk, slot.view)
+                if fill is not None:
+                    ready = fill(slot.view)
                 else:
                     with self._timeline.span("copy", chunk.nbytes):
                         event = self._runtime.to_slot(self._transfers(chunk), slot.view)
@@ -191,22 +193,20 @@ class Staging:
 
     def __init__(
         self,
-        jobs: Sequence[tuple[Runtime, Iterable[Chunk]]],
+        jobs: Sequence[tuple[Runtime, Iterable[Job]]],
         transfers: Callable[[Chunk], Transfers],
-        fill: Callable[[Chunk, memoryview], Ready],
         ring: Ring,
         timeline: Timeline,
     ) -> None:
-        """``jobs``: the chunks of each runtime, made as they are asked for, in its copier's thread.
+        """``jobs``: those of each runtime, made as they are asked for, in its copier's thread.
 
-        ``transfers(chunk)``: what is copied from a device.  ``fill(chunk, slot)``: does all that for the host, and
-        returns what is to be written.
+        ``transfers(chunk)``: what is copied from a device.
         """
         self._filled: queue.SimpleQueue[Filled | BaseException | None] = queue.SimpleQueue()
         self._ring = ring
         self._stop = threading.Event()
         self._copiers = [
-            Copier(runtime, own, transfers, fill, ring, self._filled, self._stop, timeline) for runtime, own in jobs
+            Copier(runtime, own, transfers, ring, self._filled, self._stop, timeline) for runtime, own in jobs
         ]
         self._threads: list[threading.Thread] = []
         self._inline: list[Iterator[Filled]] = []
