@@ -181,7 +181,7 @@ def read_entries(
 
 @dataclass(frozen=True, slots=True)
 class _Scattered:
-    """Short tensors of one owner in one shard, whole and far apart: one job, but a read for each."""
+    """Short tensors of one owner in one shard, whole, alone or by few: one job, but a read for each."""
 
     shard: int
     tensors: list[int]

@@ -137,11 +137,11 @@ def _write_staged(
     devices = [runtime for runtime, _ in staged if runtime is not HOST]
     ring = slots.ring(devices[0] if devices else HOST)
     threads = min(threads, sum(layout.shard_nbytes) // CHUNK_NBYTES + 1)
-    # Where offsets must ascend, one owner comes after the other, as in the files.
     jobs_of = [
         (runtime, writer.plan_ahead(own) if runtime is HOST else zip(own, itertools.repeat(None)))
         for runtime, own in staged
     ]
+    # Where offsets must ascend, one owner comes after the other, as in the files.
     groups = [[one] for one in jobs_of] if any(file.ordered for file in files) else [jobs_of]
     for number, group in enumerate(groups, 1):
         staging = Staging(group, lambda chunk: _transfers(chunk, sources), ring, writer.timeline)
@@ -209,21 +209,20 @@ class _Writer:
         Several are planned at once.  Checksums take all of a core's caches: what Python needs is not there afterwards,
         and planning a chunk then takes several times as long as the next one.
         """
-        plans: list[_Plan] = []
+        jobs: list[Job] = []
         for chunk in chunks:
-            plans.append(self._plan(chunk))
-            if len(plans) == _PLANNED_CHUNKS or len(chunk.tensors) > _PLANNED_TENSORS:
-                yield from ((plan.chunk, functools.partial(self._fill, plan)) for plan in plans)
-                plans = []
-        yield from ((plan.chunk, functools.partial(self._fill, plan)) for plan in plans)
+            jobs.append((chunk, functools.partial(self._fill, self._plan(chunk))))
+            if len(jobs) == _PLANNED_CHUNKS or len(chunk.tensors) > _PLANNED_TENSORS:
+                yield from jobs
+                jobs = []
+        yield from jobs
 
     def _plan(self, chunk: Chunk) -> _Plan:
         runs = list(chunk.runs(IN_PLACE_NBYTES))
         pieces = [chunk.piece(run.start) for run in runs if len(run) == 1]
-        arrays = [self._arrays[piece.tensor] for piece in pieces]
         alignment = self._files[chunk.shard].alignment
-        found = [find_in_place(piece, array, alignment) for piece, array in zip(pieces, arrays, strict=True)]
-        return _Plan(chunk, [run for run in runs if len(run) > 1], pieces, arrays, found)
+        found = [find_in_place(piece, self._arrays[piece.tensor], alignment) for piece in pieces]
+        return _Plan(chunk, [run for run in runs if len(run) > 1], pieces, found)
 
     def _fill(self, plan: _Plan, slot: memoryview) -> Ready:
         """What is to be written of a chunk of the host around the page cache, with all but that done.
@@ -231,16 +230,17 @@ class _Writer:
         Long pieces are written from where they are, if they lie there as in the file, page on page.
         Checksums are computed here rather than by a writer: the bytes are in this core's caches, and the writers wait.
         """
-        chunk, _, pieces, arrays, found = plan
+        chunk, runs, pieces, found = plan
         padded = slot[: _padded(chunk, self._files[chunk.shard])]
-        packed = [_Packed.of(chunk, run, padded) for run in plan.runs]
+        packed = [_Packed.of(chunk, run, padded) for run in runs]
         in_place = [one for one in found if one is not None]
         nbytes = sum(piece.nbytes for piece in pieces) + sum(run.octets.nbytes for run in packed)
         with self.timeline.span("copy", nbytes - sum(one.octets.nbytes for one in in_place)):
             for run in packed:
                 HOST.gather([self._arrays[tensor] for tensor in run.tensors], run.octets)
-            for piece, array, one in zip(pieces, arrays, found, strict=True):
-                HOST.to_slot([Transfer(array, *piece[1:])] if one is None else one.edges, padded)
+            for piece, one in zip(pieces, found, strict=True):
+                edges = [Transfer(self._arrays[piece.tensor], *piece[1:])] if one is None else one.edges
+                HOST.to_slot(edges, padded)
         with self.timeline.span("checksum", nbytes):
             for run in packed:
                 self.checksums.add_whole(*run)
@@ -277,13 +277,12 @@ class _Writer:
 
 
 class _Plan(NamedTuple):
-    """``runs`` of small tensors that lie side by side, all else in pieces: of ``arrays``, where ``found`` is not None
-    written from where they are."""
+    """``runs`` of small tensors that lie side by side, all else in pieces: where one is ``found`` in place, it is
+    written from there."""
 
     chunk: Chunk
     runs: list[range]
     pieces: list[Piece]
-    arrays: list[Any]
     found: list[InPlace | None]
 
 

@@ -93,11 +93,11 @@ def _move(call: Callable[[int, Any, int], int], fd: int, offset: int, buffers: S
     return moved, wanted
 
 
-def _side_by_side(offsets: Sequence[int], buffers: Sequence[Buffer]) -> Iterator[tuple[int, int]]:
+def _joined(offsets: Sequence[int], buffers: Sequence[Buffer]) -> Iterator[tuple[int, int]]:
     """Where the disk had better read what lies near at once: offsets and lengths."""
-    first, end = offsets[0], 0
+    first = end = offsets[0]
     for offset, nbytes in zip(offsets, map(_NBYTES, buffers), strict=True):
-        if end and offset - end > _NEAR_NBYTES:
+        if offset - end > _NEAR_NBYTES:
             yield first, end - first
             first = offset
         end = max(end, offset + nbytes)
@@ -207,7 +207,7 @@ class LocalReadableFile:
     def read_each(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
         if self._waits(offsets[0]):
             with contextlib.suppress(OSError):  # a hint
-                for first, nbytes in _side_by_side(offsets, buffers):
+                for first, nbytes in _joined(offsets, buffers):
                     os.posix_fadvise(self._fd, first, nbytes, os.POSIX_FADV_WILLNEED)
         read: Callable[[int, Any, int], int] = os.preadv
         with _translated("read", self._path):
