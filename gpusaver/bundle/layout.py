@@ -113,6 +113,20 @@ class Chunk:
         breaks = alone[1:] | alone[:-1] | (starts[1:] != ends[:-1])
         yield from itertools.starmap(range, itertools.pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(alone)]))
 
+    def halves(self) -> tuple[Chunk, Chunk]:
+        """Cut at a page.  Requires: two pages or more of a layout, whose gaps are shorter: each has a tensor."""
+        half = _round_up(self.nbytes // 2, PAGE)
+        middle = self.offset + half
+        before = slice(bisect.bisect_left(self.starts, middle))
+        after = slice(bisect.bisect_right(self.ends, middle), None)
+        return (
+            Chunk(self.shard, self.owner, self.offset, half, *self._columns(before)),
+            Chunk(self.shard, self.owner, middle, self.nbytes - half, *self._columns(after)),
+        )
+
+    def _columns(self, numbers: slice) -> tuple[list[int], list[int], list[int]]:
+        return self.tensors[numbers], self.starts[numbers], self.ends[numbers]
+
     @property
     def has_gaps(self) -> bool:
         is_covered = self.starts[0] <= self.offset and self.ends[-1] >= self.offset + self.nbytes

@@ -5,27 +5,22 @@
     chunk        | plain array      |gap| strided       |gap| plain array      |
     buffers      | the array itself | z | slot          | z | the array itself |     vectored
     buffers      | slot                                                        |     staged
-    buffers      | slot | pages of array | slot                  | pages ...   |     staged, around the page cache
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gpusaver.bundle.crc import combine, crc32c
 from gpusaver.bundle.layout import Chunk, Piece
-from gpusaver.device import Transfer, Transfers
-from gpusaver.device.host import address, byte_view, is_plain
-from gpusaver.device.huge_pages import huge_region
+from gpusaver.device import Transfers
 from gpusaver.tensor import Buffer
 
 CHUNK_NBYTES = 8 * 1024 * 1024
-#: Shorter pieces are copied: that costs less than one more buffer of a vectored write.
-IN_PLACE_NBYTES = 64 * 1024
 
 
 def transfers(chunk: Chunk, arrays: Sequence[Any]) -> Transfers:
@@ -66,55 +61,6 @@ def vectored_buffers(
         else:
             slot_end = position
     return buffers[:-1]
-
-
-class InPlace(NamedTuple):
-    """A piece that a disk takes from where it is, but for its first and last bytes.
-
-    ``octets``: what it takes, whole pages, from ``begin`` on in the chunk.  ``edges``: the rest, to be copied.
-    ``view``: the whole piece.
-    """
-
-    begin: int
-    octets: memoryview
-    edges: list[Transfer]
-    view: memoryview
-
-
-def find_in_place(piece: Piece, array: Any, alignment: int) -> InPlace | None:
-    """None for a short piece, and for one of a NumPy array that does not lie as it is stored, or otherwise than the
-    chunk modulo ``alignment``, or that has little in huge pages."""
-    _, start, offset, nbytes = piece
-    if nbytes < IN_PLACE_NBYTES or not is_plain(array):
-        return None
-    shift = address(array) + start - offset
-    if shift % alignment:
-        return None
-    first, last = huge_region(shift + offset, shift + offset + nbytes)
-    begin, end = -((shift - first) // alignment) * alignment, (last - shift) // alignment * alignment
-    if end - begin < IN_PLACE_NBYTES:
-        return None
-    view = byte_view(array)[start : start + nbytes]
-    edges = []
-    if offset < begin:
-        edges.append(Transfer(array, start, offset, begin - offset))
-    if end < offset + nbytes:
-        edges.append(Transfer(array, start + end - offset, end, offset + nbytes - end))
-    return InPlace(begin, view[begin - offset : end - offset], edges, view)
-
-
-def around_slot(in_place: Sequence[InPlace], slot: memoryview) -> list[Buffer]:
-    """Buffers that make up a chunk: what lies in place, ascending, and all else from the slot."""
-    buffers: list[Buffer] = []
-    position = 0
-    for begin, octets, _, _ in in_place:
-        if position < begin:
-            buffers.append(slot[position:begin])
-        buffers.append(octets)
-        position = begin + octets.nbytes
-    if position < slot.nbytes:
-        buffers.append(slot[position:])
-    return buffers
 
 
 def zero_gaps(chunk: Chunk, slot: memoryview) -> None:

@@ -8,25 +8,22 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gpusaver.bundle.crc import combine
-from gpusaver.bundle.layout import Chunk, Layout, Piece
+from gpusaver.bundle.layout import Chunk, Layout
 from gpusaver.device import HOST, Checking, Event, Runtime, Transfer, Transfers
 from gpusaver.errors import CancelledError
 from gpusaver.pipeline.chunk import (
     CHUNK_NBYTES,
-    IN_PLACE_NBYTES,
     Checksums,
-    InPlace,
-    around_slot,
-    find_in_place,
     transfers,
     vectored_buffers,
     zero_gaps,
 )
+from gpusaver.pipeline.direct import SlotPlan, plan_slot
 from gpusaver.pipeline.staging import Filled, Job, Ready, Staging
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import LazySlot, Slots, work_off
@@ -83,7 +80,7 @@ def write_chunks(
     for owner, first in zip(*(column.tolist() for column in np.unique(layout.owner, return_index=True)), strict=True):
         runtime = sources.runtimes[first]
         is_copied = runtime is HOST and any(file.alignment > 1 for file in files)
-        chunks = layout.chunks(_short_chunk(layout) if is_copied else CHUNK_NBYTES, owner)
+        chunks = layout.chunks(_long_chunk(layout) if is_copied else CHUNK_NBYTES, owner)
         if shards is not None:
             chunks = filter(lambda chunk: chunk.shard in shards, chunks)
         if runtime is HOST and not is_copied:
@@ -211,46 +208,34 @@ class _Writer:
         """
         jobs: list[Job] = []
         for chunk in chunks:
-            jobs.append((chunk, functools.partial(self._fill, self._plan(chunk))))
-            if len(jobs) == _PLANNED_CHUNKS or len(chunk.tensors) > _PLANNED_TENSORS:
+            jobs += [(plan.chunk, functools.partial(self._fill, plan)) for plan in self._plans(chunk)]
+            if len(jobs) >= _PLANNED_CHUNKS or len(chunk.tensors) > _PLANNED_TENSORS:
                 yield from jobs
                 jobs = []
         yield from jobs
 
-    def _plan(self, chunk: Chunk) -> _Plan:
-        runs = list(chunk.runs(IN_PLACE_NBYTES))
-        pieces = [chunk.piece(run.start) for run in runs if len(run) == 1]
+    def _plans(self, chunk: Chunk) -> list[SlotPlan]:
+        """One, but two of a long chunk where a slot has no room for what is copied."""
         alignment = self._files[chunk.shard].alignment
-        found = [find_in_place(piece, self._arrays[piece.tensor], alignment) for piece in pieces]
-        return _Plan(chunk, [run for run in runs if len(run) > 1], pieces, found)
+        if chunk.nbytes <= CHUNK_NBYTES or len(chunk.tensors) <= _PLANNED_TENSORS:
+            plan = plan_slot(chunk, self._arrays, alignment)
+            if plan.slot_nbytes <= CHUNK_NBYTES:
+                return [plan]
+        return [plan_slot(half, self._arrays, alignment) for half in chunk.halves()]
 
-    def _fill(self, plan: _Plan, slot: memoryview) -> Ready:
+    def _fill(self, plan: SlotPlan, slot: memoryview) -> Ready:
         """What is to be written of a chunk of the host around the page cache, with all but that done.
 
-        Long pieces are written from where they are, if they lie there as in the file, page on page.
         Checksums are computed here rather than by a writer: the bytes are in this core's caches, and the writers wait.
         """
-        chunk, runs, pieces, found = plan
-        padded = slot[: _padded(chunk, self._files[chunk.shard])]
-        packed = [_Packed.of(chunk, run, padded) for run in runs]
-        in_place = [one for one in found if one is not None]
-        nbytes = sum(piece.nbytes for piece in pieces) + sum(run.octets.nbytes for run in packed)
-        with self.timeline.span("copy", nbytes - sum(one.octets.nbytes for one in in_place)):
-            for run in packed:
-                HOST.gather([self._arrays[tensor] for tensor in run.tensors], run.octets)
-            for piece, one in zip(pieces, found, strict=True):
-                edges = [Transfer(self._arrays[piece.tensor], *piece[1:])] if one is None else one.edges
-                HOST.to_slot(edges, padded)
-        with self.timeline.span("checksum", nbytes):
-            for run in packed:
-                self.checksums.add_whole(*run)
-            for piece, one in zip(pieces, found, strict=True):
-                place = padded[piece.offset : piece.offset + piece.nbytes]
-                self.checksums.add(piece, place if one is None else one.view)
-        zero_gaps(chunk, padded)
+        copied, in_place = plan.copied_nbytes, plan.in_place_nbytes
+        with self.timeline.span("copy", copied):
+            plan.copy(self._arrays, slot)
+        with self.timeline.span("checksum", copied + in_place):
+            plan.check(slot, self.checksums)
         if in_place:
             self.unread.one_more()
-        return Ready(around_slot(in_place, padded), bool(in_place))
+        return Ready(plan.buffers(slot), in_place > 0)
 
     def write_filled(self, filled: Filled) -> None:
         if self._cancelled.is_set():
@@ -276,30 +261,6 @@ class _Writer:
             self.checksums.add_chunk(chunk, slot)
 
 
-class _Plan(NamedTuple):
-    """``runs`` of small tensors that lie side by side, all else in pieces: where one is ``found`` in place, it is
-    written from there."""
-
-    chunk: Chunk
-    runs: list[range]
-    pieces: list[Piece]
-    found: list[InPlace | None]
-
-
-class _Packed(NamedTuple):
-    """Whole small tensors side by side, without an object for each: where they lie in a slot, and end there."""
-
-    tensors: list[int]
-    octets: memoryview
-    ends: list[int]
-
-    @staticmethod
-    def of(chunk: Chunk, run: range, slot: memoryview) -> _Packed:
-        start, ends = chunk.starts[run.start], chunk.ends[run.start : run.stop]
-        octets = slot[start - chunk.offset : ends[-1] - chunk.offset]
-        return _Packed(chunk.tensors[run.start : run.stop], octets, [end - start for end in ends])
-
-
 def checksums_now(layout: Layout, sources: Sources, slots: Slots) -> dict[int, int]:
     """Of every tensor that has bytes, as it is once the work that the caller has queued is done.  Slow: one thread."""
     checksums = Checksums(layout.nbytes.tolist())
@@ -317,10 +278,13 @@ def checksums_now(layout: Layout, sources: Sources, slots: Slots) -> dict[int, i
     return checksums.finished()
 
 
-def _short_chunk(layout: Layout) -> int:
-    """Of a small save: the disk waits for the first to be filled, and at the end for one of the writers."""
+def _long_chunk(layout: Layout) -> int:
+    """Of host arrays around the page cache: twice a slot, for half of it or more is mostly not copied.
+
+    Shorter ones of a small save: the disk waits for the first to be filled, and at the end for one of the writers.
+    """
     share = sum(layout.shard_nbytes) // _LEAST_CHUNKS // _LEAST_CHUNK_NBYTES * _LEAST_CHUNK_NBYTES
-    return min(CHUNK_NBYTES, max(_LEAST_CHUNK_NBYTES, share))
+    return min(2 * CHUNK_NBYTES, max(_LEAST_CHUNK_NBYTES, share))
 
 
 def _padded(chunk: Chunk, file: WritableFile) -> int:

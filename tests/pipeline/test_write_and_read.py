@@ -28,6 +28,7 @@ from gpusaver.bundle.layout import PHASE, Chunk
 from gpusaver.device import HOST, Transfer
 from gpusaver.device.host import HostRuntime, address, allocate_pages
 from gpusaver.pipeline import chunk, restore, save
+from gpusaver.pipeline import direct as direct_io
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.storage.local import LocalStorage
 from gpusaver.tensor import DataType, TensorSpec
@@ -42,8 +43,8 @@ def small_scale() -> Iterator[None]:
     with (
         mock.patch.object(layout, "LARGE_NBYTES", 4096),
         mock.patch.object(save, "CHUNK_NBYTES", 8192),
-        mock.patch.object(save, "IN_PLACE_NBYTES", 4096),
-        mock.patch.object(chunk, "IN_PLACE_NBYTES", 4096),
+        mock.patch.object(saving, "CHUNK_NBYTES", 8192),
+        mock.patch.object(direct_io, "IN_PLACE_NBYTES", 4096),
         mock.patch.object(restore, "CHUNK_NBYTES", 8192),
         mock.patch.object(restore, "_STAGED_NBYTES", 1024),
         mock.patch.object(restore, "_MAX_GAP", 4096),
@@ -55,7 +56,7 @@ def small_scale() -> Iterator[None]:
 def in_huge_pages(answer: bool) -> contextlib.AbstractContextManager[Any]:
     """As if all memory lay in huge pages, or none."""
     found = (lambda begin, end: (begin, end)) if answer else (lambda begin, end: (begin, begin))
-    return mock.patch.object(chunk, "huge_region", found)
+    return mock.patch.object(direct_io, "huge_region", found)
 
 
 def content(number: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
