@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpusaver.bundle.bulk import collector_paused
 from gpusaver.bundle.coding import printable
 from gpusaver.bundle.entry import Entries, Entry, Ranges
 from gpusaver.bundle.filenames import index_path, split_data_path
@@ -64,6 +65,7 @@ class CheckpointReader:
         else:
             raise not_a_prefix(self.prefix, self._storage)
 
+    @collector_paused()
     def get_variable_to_shape_map(self) -> dict[str, list[int]]:
         return {name: list(spec.shape) for name, spec in self._specs().items()}
 
@@ -189,11 +191,12 @@ class CheckpointReader:
         names = {readable: name for name in self if (readable := variable_name(name)) is not None}
         return names | readable_names(elements[0])
 
+    @collector_paused()
     def _specs(self) -> dict[str, TensorSpec]:
         if self._v1 is not None:
             return {_text(name): spec for name, (spec, _) in sorted(self._v1.tensors().items())}
         assert self._index is not None
-        return {_text(key): entry.spec for key, entry in self._index.tensors()}
+        return {key.decode("utf-8", "surrogateescape"): spec for key, spec in self._index.tensors()}
 
     def __repr__(self) -> str:
         return f"<gpusaver.CheckpointReader {self.prefix!r}>"
@@ -346,6 +349,7 @@ def load_checkpoint(ckpt_dir_or_file: PathLike, *, storage: Storage | None = Non
     return CheckpointReader(path, storage=storage)
 
 
+@collector_paused()
 def list_variables(ckpt_dir_or_file: PathLike) -> list[tuple[str, list[int]]]:
     """``(name, shape)`` of every tensor, sorted by name."""
     return sorted(load_checkpoint(ckpt_dir_or_file).get_variable_to_shape_map().items())

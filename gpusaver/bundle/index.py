@@ -27,6 +27,7 @@ from gpusaver.bundle.table_writer import TRAILER_NBYTES, TableWriter, block_trai
 from gpusaver.bundle.version import VERSION, check_version
 from gpusaver.errors import DataLossError, UnimplementedError
 from gpusaver.protos import tensor_bundle_pb2
+from gpusaver.tensor import TensorSpec
 
 __all__ = ["BundleIndex", "Entry", "IndexTemplate", "encode_index"]
 
@@ -101,8 +102,11 @@ class BundleIndex:
 
     def _some_rows(self, keys: Sequence[bytes]) -> tuple[Entries, Sequence[int | None]]:
         found, data, starts, ends = self._table.find(filter(None, keys))
+        entries = decode_entries(data, starts, ends, self.num_shards)
+        if found == keys:  # nearly always
+            return entries, range(len(keys))
         rows = dict(zip(found, range(len(found)), strict=True))
-        return decode_entries(data, starts, ends, self.num_shards), list(map(rows.get, keys))
+        return entries, list(map(rows.get, keys))
 
     @functools.cached_property
     def _rows(self) -> dict[bytes, int]:
@@ -124,19 +128,30 @@ class BundleIndex:
 
     def items(self) -> Iterator[tuple[bytes, Entry]]:
         """All entries as stored, slice keys included, in key order."""
-        for keys, data, starts, ends in self._columns():
-            try:
-                entries = decode_entries(data, starts, ends, self.num_shards)
-            except (DataLossError, UnimplementedError):  # one after the other, up to the one that is wrong
-                for key, start, end in zip(keys, starts.tolist(), ends.tolist(), strict=True):
-                    yield key, self._decode(key, data[start:end])
-                continue
-            columns = [column.tolist() for column in entries.ranges]
-            for row, (key, *fields) in enumerate(zip(keys, entries.specs, *columns, strict=True)):
-                entry = entries.others.get(row) or Entry(*fields)
-                if entry.slices:
-                    self._check_slices(key, len(entry.slices) * len(key))
-                yield key, entry
+        for block in self._columns():
+            yield from self._items(block)
+
+    def _items(self, block: Columns) -> Iterator[tuple[bytes, Entry]]:
+        keys, data, starts, ends = block
+        entries = self._entries_of(block)
+        if entries is None:  # one after the other, up to the one that is wrong
+            for key, start, end in zip(keys, starts.tolist(), ends.tolist(), strict=True):
+                yield key, self._decode(key, data[start:end])
+            return
+        columns = [column.tolist() for column in entries.ranges]
+        for row, (key, *fields) in enumerate(zip(keys, entries.specs, *columns, strict=True)):
+            entry = entries.others.get(row) or Entry(*fields)
+            if entry.slices:
+                self._check_slices(key, len(entry.slices) * len(key))
+            yield key, entry
+
+    def _entries_of(self, block: Columns) -> Entries | None:
+        """None if one of them is damaged."""
+        _, data, starts, ends = block
+        try:
+            return decode_entries(data, starts, ends, self.num_shards)
+        except (DataLossError, UnimplementedError):
+            return None
 
     def slice_keys(self) -> set[bytes]:
         """The keys of all stored parts of partitioned tensors."""
@@ -155,12 +170,17 @@ class BundleIndex:
         if nbytes > KEY_EXPANSION * self._table.nbytes:
             raise DataLossError(f"{self.name}: {printable(name)} has more slices than the file could name")
 
-    def tensors(self) -> Iterator[tuple[bytes, Entry]]:
+    def tensors(self) -> Iterator[tuple[bytes, TensorSpec]]:
         """The tensors a user sees: whole and partitioned ones, in key order; parts have no line of their own."""
-        for key, entry in self.items():
+        for block in self._columns():
+            keys, entries = block[0], self._entries_of(block)
             # Slice keys begin with a zero byte; without such keys, one pass over the index is enough.
-            if key[0] or key not in self.slice_keys():
-                yield key, entry
+            if entries is not None and not entries.others and (not keys or keys[0][0]):
+                yield from zip(keys, entries.specs, strict=True)
+                continue
+            for key, entry in self._items(block):
+                if key[0] or key not in self.slice_keys():
+                    yield key, entry.spec
 
     def _decode(self, key: bytes, value: bytes) -> Entry:
         try:

@@ -16,13 +16,7 @@ from gpusaver.bundle.crc import combine
 from gpusaver.bundle.layout import Chunk, Layout
 from gpusaver.device import HOST, Checking, Event, Runtime, Transfer, Transfers
 from gpusaver.errors import CancelledError
-from gpusaver.pipeline.chunk import (
-    CHUNK_NBYTES,
-    Checksums,
-    transfers,
-    vectored_buffers,
-    zero_gaps,
-)
+from gpusaver.pipeline.chunk import CHUNK_NBYTES, Checksums, transfers, vectored_buffers, zero_gaps
 from gpusaver.pipeline.direct import SlotPlan, plan_slot
 from gpusaver.pipeline.staging import Filled, Job, Ready, Staging
 from gpusaver.pipeline.timeline import Timeline

@@ -104,7 +104,8 @@ def test_gives_what_tensorflow_gave(folder: str) -> None:
     for key, value in index.items():
         if not value.slices:
             parts[value.shard][key] = value._replace(shard=0)
-    for name, whole in index.tensors():
+    for name, _ in index.tensors():
+        whole = index.get(name)
         for part in whole.slices:
             shard = parts[index.get(slice_key(name, part)).shard]
             known = shard.get(name, whole._replace(shard=0, slices=()))
