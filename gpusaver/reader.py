@@ -119,10 +119,10 @@ class CheckpointReader:
         return isinstance(name, str | bytes) and self.has_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._specs())
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._specs())
+        return len(self._names)
 
     def __getitem__(self, name: str) -> Any:
         return self.get_tensor(name)
@@ -190,6 +190,11 @@ class CheckpointReader:
             read.run(slots, 1)
         names = {readable: name for name in self if (readable := variable_name(name)) is not None}
         return names | readable_names(elements[0])
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        """Kept, for ``list(reader)`` asks for their number first."""
+        return list(self._specs())
 
     @collector_paused()
     def _specs(self) -> dict[str, TensorSpec]:

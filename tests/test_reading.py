@@ -23,7 +23,7 @@ from gpusaver import (
 )
 from gpusaver.bundle.crc import crc32c, mask
 from gpusaver.bundle.entry import Entry
-from gpusaver.bundle.index import encode_index
+from gpusaver.bundle.index import BundleIndex, encode_index
 from gpusaver.bundle.slices import slice_key
 from gpusaver.storage.local import LocalStorage
 
@@ -121,6 +121,18 @@ class CountingStorage(LocalStorage):
         file.read_into = noted(file.read_into)  # type: ignore[method-assign]
         file.read_each = noted(file.read_each)  # type: ignore[method-assign]
         return file
+
+
+def test_names_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``list(reader)`` asks for their number, too."""
+    prefix = gpusaver.Saver({"b": np.zeros(2), "a": np.zeros(3)}).save(tmp_path / "k")
+    asked = []
+    tensors = BundleIndex.tensors
+    monkeypatch.setattr(BundleIndex, "tensors", lambda index: asked.append(index) or tensors(index))
+    reader = gpusaver.CheckpointReader(prefix)
+    assert list(reader) == list(reader) == ["a", "b"]
+    assert len(reader) == 2
+    assert len(asked) == 1
 
 
 def test_many_tensors_do_not_open_a_file_each(tmp_path: Path) -> None:
