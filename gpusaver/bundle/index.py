@@ -129,11 +129,10 @@ class BundleIndex:
     def items(self) -> Iterator[tuple[bytes, Entry]]:
         """All entries as stored, slice keys included, in key order."""
         for block in self._columns():
-            yield from self._items(block)
+            yield from self._items(block, self._entries_of(block))
 
-    def _items(self, block: Columns) -> Iterator[tuple[bytes, Entry]]:
+    def _items(self, block: Columns, entries: Entries | None) -> Iterator[tuple[bytes, Entry]]:
         keys, data, starts, ends = block
-        entries = self._entries_of(block)
         if entries is None:  # one after the other, up to the one that is wrong
             for key, start, end in zip(keys, starts.tolist(), ends.tolist(), strict=True):
                 yield key, self._decode(key, data[start:end])
@@ -178,7 +177,7 @@ class BundleIndex:
             if entries is not None and not entries.others and (not keys or keys[0][0]):
                 yield from zip(keys, entries.specs, strict=True)
                 continue
-            for key, entry in self._items(block):
+            for key, entry in self._items(block, entries):
                 if key[0] or key not in self.slice_keys():
                     yield key, entry.spec
 

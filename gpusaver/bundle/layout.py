@@ -127,6 +127,10 @@ class Chunk:
     def _columns(self, numbers: slice) -> tuple[list[int], list[int], list[int]]:
         return self.tensors[numbers], self.starts[numbers], self.ends[numbers]
 
+    def padded_nbytes(self, alignment: int) -> int:
+        """With what is written behind its end."""
+        return _round_up(self.nbytes, alignment)
+
     @property
     def has_gaps(self) -> bool:
         is_covered = self.starts[0] <= self.offset and self.ends[-1] >= self.offset + self.nbytes

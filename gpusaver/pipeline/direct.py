@@ -101,7 +101,7 @@ def plan_slot(chunk: Chunk, arrays: Sequence[Any], alignment: int) -> SlotPlan:
         plan.written.append(octets[first:last])
         begin = at + first
         plan.in_place_nbytes += last - first
-    padded = -(-chunk.nbytes // alignment) * alignment
+    padded = chunk.padded_nbytes(alignment)
     plan.slot_nbytes = padded - plan.in_place_nbytes
     if end < padded:
         plan.gaps.append(slice(end - plan.in_place_nbytes, plan.slot_nbytes))

@@ -237,7 +237,7 @@ class _Writer:
         chunk, file = filled.chunk, self._files[filled.chunk.shard]
         if filled.event is not None:
             self._seal(chunk, filled.slot.view)
-            ready = Ready([filled.slot.view[: _padded(chunk, file)]], False)
+            ready = Ready([filled.slot.view[: chunk.padded_nbytes(file.alignment)]], False)
         else:
             assert filled.ready is not None
             ready = filled.ready
@@ -248,7 +248,7 @@ class _Writer:
 
     def _seal(self, chunk: Chunk, slot: memoryview) -> None:
         """Makes a slot that a device has filled what is written."""
-        zero_gaps(chunk, slot[: _padded(chunk, self._files[chunk.shard])])
+        zero_gaps(chunk, slot[: chunk.padded_nbytes(self._files[chunk.shard].alignment)])
         if chunk.owner in self.checked:
             return
         with self.timeline.span("checksum", chunk.nbytes):
@@ -279,10 +279,6 @@ def _long_chunk(layout: Layout) -> int:
     """
     share = sum(layout.shard_nbytes) // _LEAST_CHUNKS // _LEAST_CHUNK_NBYTES * _LEAST_CHUNK_NBYTES
     return min(2 * CHUNK_NBYTES, max(_LEAST_CHUNK_NBYTES, share))
-
-
-def _padded(chunk: Chunk, file: WritableFile) -> int:
-    return -(-chunk.nbytes // file.alignment) * file.alignment
 
 
 def _side_by_side(chunks: Iterable[Chunk]) -> list[Chunk]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpusaver.bundle import layout as bundle_layout
 from gpusaver.bundle.crc import crc32c
-from gpusaver.bundle.layout import PAGE, PHASE, Layout, plan_layout
+from gpusaver.bundle.layout import PAGE, PHASE, Chunk, Layout, plan_layout
 from gpusaver.device import HOST
 from gpusaver.device.host import address, allocate_pages
 from gpusaver.pipeline import direct, save
@@ -117,19 +118,23 @@ def test_halves_are_the_chunk(given_tensors: list[tuple[int, int | None]], chunk
             assert sum(part for _, part in found[tensor]) == nbytes
 
 
+def writer_of(arrays: list[Any]) -> save._Writer:
+    files: list[Any] = [SimpleNamespace(alignment=PAGE)]
+    return save._Writer(
+        save.Sources([HOST] * len(arrays), arrays),
+        files,
+        Checksums([array.nbytes for array in arrays]),
+        save._Countdown(1, lambda: None),
+        threading.Event(),
+        Timeline(0.0),
+    )
+
+
 def test_a_long_chunk_is_halved_where_a_slot_has_no_room_for_what_is_copied() -> None:
     layout, arrays = made([(4 * PAGE, PHASE)] * 4)
-    files: list[Any] = [SimpleNamespace(alignment=PAGE)]
 
     def planned() -> list[tuple[int, int]]:
-        writer = save._Writer(
-            save.Sources([HOST] * 4, arrays),
-            files,
-            Checksums(layout.nbytes.tolist()),
-            save._Countdown(1, lambda: None),
-            threading.Event(),
-            Timeline(0.0),
-        )
+        writer = writer_of(arrays)
         return [(chunk.offset // PAGE, chunk.nbytes) for chunk, _ in writer.plan_ahead(layout.chunks(4 * PAGE))]
 
     with mock.patch.object(save, "CHUNK_NBYTES", 2 * PAGE), mock.patch.object(direct, "IN_PLACE_NBYTES", PAGE):
@@ -139,3 +144,35 @@ def test_a_long_chunk_is_halved_where_a_slot_has_no_room_for_what_is_copied() ->
                 assert planned() == [*((page, 2 * PAGE) for page in range(0, 16, 2)), (16, PHASE)]
         with mock.patch.object(direct, "huge_region", lambda begin, end: (begin, begin)):
             assert planned() == [*((page, 2 * PAGE) for page in range(0, 16, 2)), (16, PHASE)]
+
+
+@pytest.mark.parametrize(("count", "most_ahead"), [(1, 16), (300, 1)])
+def test_chunks_are_planned_some_at_a_time(count: int, most_ahead: int) -> None:
+    """Each once, in order, and never more ahead than pays: their plans take memory."""
+    chunks = [
+        Chunk(
+            0,
+            0,
+            8192 * n,
+            8192,
+            [*range(count)],
+            [8192 * n + 20 * m for m in range(count)],
+            [8192 * n + 20 * m + 20 for m in range(count)],
+        )
+        for n in range(40)
+    ]
+    asked: list[Chunk] = []
+
+    def noted() -> Iterator[Chunk]:
+        for one in chunks:
+            asked.append(one)
+            yield one
+
+    writer = writer_of([np.zeros(5, np.float32)] * count)
+    for number, (planned, fill) in enumerate(writer.plan_ahead(noted())):
+        assert planned is chunks[number]
+        assert fill is not None
+        assert len(asked) - number <= most_ahead
+        slot = memoryview(bytearray(b"x" * 8192))
+        assert b"".join(fill(slot).buffers) == bytes(8192)
+    assert asked == chunks

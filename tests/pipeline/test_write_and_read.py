@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,12 +23,11 @@ import gpusaver
 from gpusaver import saving
 from gpusaver.bundle import layout
 from gpusaver.bundle.entry import Entry
-from gpusaver.bundle.layout import PHASE, Chunk
+from gpusaver.bundle.layout import PHASE
 from gpusaver.device import HOST, Transfer
 from gpusaver.device.host import HostRuntime, address, allocate_pages
-from gpusaver.pipeline import chunk, restore, save
 from gpusaver.pipeline import direct as direct_io
-from gpusaver.pipeline.timeline import Timeline
+from gpusaver.pipeline import restore, save
 from gpusaver.storage.local import LocalStorage
 from gpusaver.tensor import DataType, TensorSpec
 
@@ -354,43 +352,3 @@ def test_an_element_cut_by_the_border_of_two_chunks_is_written_by_one_thread_at_
         saver.restore(prefix)
     for name, target in targets.items():
         np.testing.assert_array_equal(target, expected[name])
-
-
-@pytest.mark.parametrize(("count", "most_ahead"), [(1, 16), (300, 1)])
-def test_chunks_are_planned_some_at_a_time(count: int, most_ahead: int) -> None:
-    """Each once, in order, and never more ahead than pays: their plans take memory."""
-    chunks = [
-        Chunk(
-            0,
-            0,
-            8192 * n,
-            8192,
-            [*range(count)],
-            [8192 * n + 20 * m for m in range(count)],
-            [8192 * n + 20 * m + 20 for m in range(count)],
-        )
-        for n in range(40)
-    ]
-    asked: list[Chunk] = []
-
-    def noted() -> Iterator[Chunk]:
-        for one in chunks:
-            asked.append(one)
-            yield one
-
-    files: list[Any] = [SimpleNamespace(alignment=4096)]
-    writer = save._Writer(
-        save.Sources([HOST] * count, [np.zeros(5, np.float32)] * count),
-        files,
-        chunk.Checksums([20] * count),
-        save._Countdown(1, lambda: None),
-        threading.Event(),
-        Timeline(0.0),
-    )
-    for number, (planned, fill) in enumerate(writer.plan_ahead(noted())):
-        assert planned is chunks[number]
-        assert fill is not None
-        assert len(asked) - number <= most_ahead
-        slot = memoryview(bytearray(b"x" * 8192))
-        assert b"".join(fill(slot).buffers) == bytes(8192)
-    assert asked == chunks
