@@ -190,7 +190,8 @@ class Saver:
                 "gpusaver.import_meta_graph(prefix + '.meta') makes the variables of a checkpoint anew, and "
                 "gpusaver.load(prefix) reads it without any"
             )
-        plan_save(leaves, sharded=self._sharded, cached=None)  # finds every leaf that cannot be stored
+        # Finds every leaf that cannot be stored.
+        self._plan = plan_save(leaves, sharded=self._sharded, cached=None).plan
         self._names = leaves.names
 
     def warmup(self, save_path: PathLike | None = None) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import gpusaver
+from gpusaver.pipeline import plan
 
 sys.path.append(str(Path(__file__).parent.parent / "faults"))
 from system_calls import Call, intercepted
@@ -95,6 +96,16 @@ def test_calls_of_python_to_make_a_saver() -> None:
     gpusaver.Saver(state_of(10))
     few, many = (python_calls(functools.partial(gpusaver.Saver, state_of(count))) for count in (1000, 3000))
     assert 0 < (many - few) / 2000 <= 2, (few, many)
+
+
+def test_the_first_save_takes_the_plan_that_the_saver_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make = plan._make_plan
+    monkeypatch.setattr(plan, "_make_plan", lambda *args: made.append(args) or make(*args))
+    with gpusaver.Saver({"text": "a", **state_of(100)}) as saver:
+        for step in range(3):
+            saver.save(tmp_path / "k", step)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(
