@@ -190,8 +190,9 @@ class Saver:
                 "gpusaver.import_meta_graph(prefix + '.meta') makes the variables of a checkpoint anew, and "
                 "gpusaver.load(prefix) reads it without any"
             )
-        # Finds every leaf that cannot be stored.
-        self._plan = plan_save(leaves, sharded=self._sharded, cached=None).plan
+        plan = self._planned(leaves).plan  # finds every leaf that cannot be stored
+        if self._collective is None:  # which plans for itself
+            self._plan = plan
         self._names = leaves.names
 
     def warmup(self, save_path: PathLike | None = None) -> None:

@@ -98,12 +98,18 @@ def test_calls_of_python_to_make_a_saver() -> None:
     assert 0 < (many - few) / 2000 <= 2, (few, many)
 
 
-def test_the_first_save_takes_the_plan_that_the_saver_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("is_incremental", "saves"), [(False, 3), (True, 1)])
+def test_the_first_save_takes_the_plan_that_the_saver_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_incremental: bool, saves: int
+) -> None:
+    """Later ones, too, unless they are incremental and find that something does not change."""
     made = []
     make = plan._make_plan
     monkeypatch.setattr(plan, "_make_plan", lambda *args: made.append(args) or make(*args))
-    with gpusaver.Saver({"text": "a", **state_of(100)}) as saver:
-        for step in range(3):
+    with gpusaver.variables():
+        fixed = gpusaver.Variable(np.ones(5), "fixed", trainable=False)
+    with gpusaver.Saver({"text": "a", "fixed": fixed, **state_of(100)}, incremental=is_incremental) as saver:
+        for step in range(saves):
             saver.save(tmp_path / "k", step)
     assert len(made) == 1
 
