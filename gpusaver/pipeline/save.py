@@ -31,6 +31,8 @@ _LEAST_CHUNK_NBYTES = 2 * 1024 * 1024
 #: So many are planned at once, fewer where one has more tensors: there planning costs little for each, and memory.
 _PLANNED_CHUNKS = 16
 _PLANNED_TENSORS = 256
+#: The first ones, so that each of four writers has a half of one soon.
+_HALVED_CHUNKS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,20 +200,22 @@ class _Writer:
         """Chunks of the host, and what fills a slot with each.
 
         Several are planned at once.  Checksums take all of a core's caches: what Python needs is not there afterwards,
-        and planning a chunk then takes several times as long as the next one.
+        and planning a chunk then takes several times as long as the next one.  But the disk waits for the first ones.
         """
         jobs: list[Job] = []
-        for chunk in chunks:
-            jobs += [(plan.chunk, functools.partial(self._fill, plan)) for plan in self._plans(chunk)]
-            if len(jobs) >= _PLANNED_CHUNKS or len(chunk.tensors) > _PLANNED_TENSORS:
+        most = 1
+        for number, chunk in enumerate(chunks):
+            plans = self._plans(chunk, is_halved=number < _HALVED_CHUNKS)
+            jobs += [(plan.chunk, functools.partial(self._fill, plan)) for plan in plans]
+            if len(jobs) >= most or len(chunk.tensors) > _PLANNED_TENSORS:
                 yield from jobs
-                jobs = []
+                jobs, most = [], min(2 * most, _PLANNED_CHUNKS)
         yield from jobs
 
-    def _plans(self, chunk: Chunk) -> list[SlotPlan]:
-        """One, but two of a long chunk where a slot has no room for what is copied."""
+    def _plans(self, chunk: Chunk, *, is_halved: bool) -> list[SlotPlan]:
+        """One, but two of a long chunk if it ``is_halved``, or where a slot has no room for what is copied."""
         alignment = self._files[chunk.shard].alignment
-        if chunk.nbytes <= CHUNK_NBYTES or len(chunk.tensors) <= _PLANNED_TENSORS:
+        if chunk.nbytes <= CHUNK_NBYTES or (not is_halved and len(chunk.tensors) <= _PLANNED_TENSORS):
             plan = plan_slot(chunk, self._arrays, alignment)
             if plan.slot_nbytes <= CHUNK_NBYTES:
                 return [plan]
