@@ -216,8 +216,7 @@ def decode_entries(data: bytes, starts: Column, ends: Column, num_shards: int) -
 def _decode_heads(octets: npt.NDArray[np.uint8], first: Column, nbytes: Column) -> list[tuple[TensorSpec, int]]:
     """What the ``nbytes`` octets from ``first`` on say, each; nothing where there are none."""
     heads: list[bytes] = texts_at(octets, first, nbytes).tolist()
-    kinds = {head: _decode_filled_head(head) for head in set(heads)}
-    return list(map(kinds.__getitem__, heads))
+    return list(map(_decode_filled_head, heads))
 
 
 @functools.lru_cache(maxsize=4096)
