@@ -153,6 +153,7 @@ class Bench:
                     "versions": versions,
                     "is_ours": GPU_PEERS[name].is_ours,
                     "is_tuned": GPU_PEERS[name].is_tuned,
+                    "recycles": GPU_PEERS[name].recycles,
                     "staging_nbytes": staging,
                 }
             say(f"  {name}: {found['skipped'].get(name) or brief(samples[name][-1])}")
@@ -216,13 +217,15 @@ def measure(peer: GpuPeer, state: State, training: Training, free: int, director
 
     ``free``: of device memory before the peer was made.
     """
-    empty(directory)
+    if not peer.recycles:
+        empty(directory)
     sample = quiet_save(peer, state, directory)
     read_into_page_cache(directory)
     sample["restore"], sample["restore_peak"] = restore(peer, state)
     if not is_memory(directory) and drop_from_page_cache(directory):
         sample["restore_cold"], _ = restore(peer, state)
-    empty(directory)
+    if not peer.recycles:
+        empty(directory)
     return sample | save_during_training(peer, training, free)
 
 

@@ -40,12 +40,14 @@ class GpuPeer:
 
     ``is_tuned``: as the library's documents advise, else at its defaults.  ``is_ours``: gpusaver.  ``staging_nbytes``:
     pinned memory that a save which leaves the arrays in place, until the fence, may fill ahead of its writers.
-    ``report``: of the last save of gpusaver that was measured, None of other libraries.
+    ``report``: of the last save of gpusaver that was measured, None of other libraries.  ``recycles``: writes over the
+    files that it finds, which stay there between its saves, and so is no measure of others, or of acceptance lines.
     """
 
     distributions: ClassVar[tuple[str, ...]] = ()
     is_tuned: ClassVar[bool] = False
     is_ours: ClassVar[bool] = False
+    recycles: ClassVar[bool] = False
 
     def __init__(self, state: State, directory: str) -> None:
         self.state = state
@@ -98,7 +100,7 @@ class Gpusaver(GpuPeer):
 
         staging = state.nbytes + _RING_NBYTES if self.is_staged else _RING_NBYTES
         self.staging_nbytes = staging if self.capture == "deferred" else None
-        self._saver = gpusaver.Saver(dict(state.arrays), staging_bytes=staging)
+        self._saver = gpusaver.Saver(dict(state.arrays), staging_bytes=staging, recycle=self.recycles)
         self._saver.warmup(self.path("model.ckpt"))
 
     def begin(self) -> Pending:
@@ -129,6 +131,17 @@ class GpusaverRing(Gpusaver):
     """Through the default ring of 32 MiB: copies run at the writers' speed."""
 
     capture = "deferred"
+
+
+class GpusaverRecycle(Gpusaver):
+    """A snapshot, written over the files of the checkpoint before the last one."""
+
+    recycles = True
+
+    def __init__(self, state: State, directory: str) -> None:
+        super().__init__(state, directory)
+        for _ in range(2):  # the third save has a file to write over
+            self._saver.save(self.path("model.ckpt"))
 
 
 class GpusaverBlocking(Gpusaver):
@@ -388,6 +401,7 @@ GPU_PEERS: dict[str, type[GpuPeer]] = {
     "gpusaver snapshot": Gpusaver,
     "gpusaver deferred": GpusaverDeferred,
     "gpusaver deferred, ring": GpusaverRing,
+    "gpusaver recycle": GpusaverRecycle,
     "gpusaver blocking": GpusaverBlocking,
     "cupy.savez": CupySavez,
     "torch.save": TorchSave,

@@ -161,7 +161,7 @@ def _least(place: dict[str, Any], figure: str, *, ours: bool) -> float | None:
     values = [
         float(peer["figures"][figure]["median"])
         for peer in place.get("peers", {}).values()
-        if peer["is_ours"] is ours and figure in peer["figures"]
+        if peer["is_ours"] is ours and not peer.get("recycles") and figure in peer["figures"]
     ]
     return min(values, default=None)
 

@@ -82,7 +82,7 @@ def test_everything(bench, sim, tmp_path, capsys):
         for place, measured in workload["places"].items():
             assert results["ceilings"]["files"][place][name]["write"] > 0
             ours = {peer for peer, found in measured["peers"].items() if found["is_ours"]}
-            assert len(ours) == (2 if name == "7b" else 4), measured["skipped"]
+            assert len(ours) == (2 if name == "7b" else 5), measured["skipped"]
             assert name == "7b" or "cupy.savez" in measured["peers"], measured["skipped"]
             for peer, found in measured["peers"].items():
                 assert set(found["figures"]) >= FIGURES, peer
@@ -123,7 +123,7 @@ def test_the_essential_part_with_its_plot(bench, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "out" / "bench-gpu.json").read_text("utf-8"))
     assert (tmp_path / "out" / "bench-gpu.png").read_bytes().startswith(b"\x89PNG")
     measured = results["workloads"]["gpt2"]["places"][str(tmp_path / "memory")]
-    assert len([peer for peer in measured["peers"].values() if peer["is_ours"]]) == 4
+    assert len([peer for peer in measured["peers"].values() if peer["is_ours"]]) == 5
     assert "cupy.savez" not in measured["peers"]
 
 
@@ -139,9 +139,32 @@ def test_device_memory_that_is_kept_counts(bench, tmp_path):
 
 def test_traces(bench, tmp_path):
     run(bench, tmp_path, "--workload=gpt2", "--peers=gpusaver,cupy", "--rounds=1", f"--trace={tmp_path / 'traces'}")
-    names = {"gpusaver-snapshot", "gpusaver-deferred", "gpusaver-deferred-ring"}
+    names = {"gpusaver-snapshot", "gpusaver-deferred", "gpusaver-deferred-ring", "gpusaver-recycle"}
     assert {path.name for path in (tmp_path / "traces").iterdir()} == {f"trace-gpt2-{name}.json" for name in names}
     assert all(json.loads(path.read_text("utf-8"))["traceEvents"] for path in (tmp_path / "traces").iterdir())
+
+
+def test_saves_that_recycle_are_measured_over_old_files(bench, tmp_path, monkeypatch):
+    from gpusaver.pipeline import recycling
+    from gpusaver.storage import local
+
+    reused: list[bool] = []
+    reuse = local.LocalStorage.reuse
+
+    def noted(storage: Any, *arguments: Any, **options: Any) -> Any:
+        file = reuse(storage, *arguments, **options)
+        reused.append(file is not None)
+        return file
+
+    monkeypatch.setattr(recycling, "RECYCLED_MIN_NBYTES", 1)
+    monkeypatch.setattr(local, "file_system", lambda device: "ext4")
+    monkeypatch.setattr(local.LocalStorage, "reuse", noted)
+    results = run(bench, tmp_path, "--workload=gpt2", "--peers=gpusaver recycle", "--rounds=2")
+    (measured,) = results["workloads"]["gpt2"]["places"].values()
+    assert measured["peers"]["gpusaver recycle"]["recycles"]
+    assert reused == [True] * 5  # the one that is checked, and two a round
+    assert "gpt2" in {one["line"].partition(":")[0] for one in results["criteria"]}
+    assert not any("durable, of its ceiling" in one["line"] for one in results["criteria"])
 
 
 class Clock:

@@ -42,6 +42,7 @@ def lines(report: Any, found: dict[str, Any]) -> dict[str, bool]:
 def test_gpt2(report):
     nbytes = 1_000_000_000
     peers = {
+        "gpusaver recycle": {**peer(True, stall=0.0, durable=0.001, restore=0.001), "recycles": True},  # counts nowhere
         "gpusaver snapshot": peer(True, stall=0.0023, call=0.0018, durable=0.1 / 0.85, restore=0.05),
         "gpusaver deferred": peer(True, stall=0.0001, call=0.0019, durable=0.12, restore=0.06),
         "torch.save tuned": peer(False, stall=0.5, durable=0.5, restore=0.049),
