@@ -109,9 +109,7 @@ class Table:
 
         Some are left out where what is read is not as every writer writes it.
         """
-        keys = list(keys)
-        is_ascending = all(map(operator.lt, keys, itertools.islice(keys, 1, None)))  # nearly always
-        parts = self._by_block(keys if is_ascending else sorted(set(keys)))
+        parts = self._by_block(sorted(dict.fromkeys(keys)))  # in their order, which is nearly always the right one
         wanted = [key for _, part in parts for key in part]
         starts, stops = map(np.concatenate, zip((_NONE, _NONE), *[block.runs for block, _ in parts], strict=True))
         firsts = first_keys(self._data, starts, stops) if len(starts) < len(wanted) * _RUNS_PER_FIRST else None

@@ -86,9 +86,8 @@ def find_in_runs(
     if entries is None:
         return [], starts[:0], starts[:0]
     nbytes = np.fromiter(map(len, keys), np.int64, len(keys))
-    columns: Any = slice(None) if len(first) == len(run) and (run[1:] > run[:-1]).all() else run  # not copied
-    is_it = (entries.keys[:, columns] == np.array(keys)) & (entries.key_nbytes[:, columns] == nbytes)
-    is_it &= entries.is_there[:, columns]
+    is_it = (entries.keys[:, run] == np.array(keys)) & (entries.key_nbytes[:, run] == nbytes)
+    is_it &= entries.is_there[:, run]
     rows = np.flatnonzero(is_it.any(axis=0))
     place = is_it.argmax(axis=0)[rows], run[rows]
     return rows.tolist(), entries.starts[place], entries.ends[place]
