@@ -92,6 +92,7 @@ class Worker:
         peer, before, sample = self._peer, self._peer.directory, dict[str, Any]()
         if peer.keeps_one:
             peer.save()
+        shutil.rmtree(before + ".next", ignore_errors=True)  # of a run that was killed
         with self._watched(sample, "next"):
             start = time.perf_counter()
             if not peer.keeps_one:
