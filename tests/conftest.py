@@ -98,6 +98,18 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of that name, whose modules a test may import; they are forgotten after it."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+            del sys.modules[name]
+
+
+@pytest.fixture
 def memory_path() -> Iterator[Path]:
     """A directory in memory where there is one: the tests that use it make thousands of files."""
     parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from sim.fixture import simulated_cupy  # noqa: F401
 from sim.gpusaver_kernels import install
 from sim.kernels import Kernel, Launch
 
-ROOT = Path(__file__).resolve().parents[1]
 FIGURES = {
     *("call", "fence", "durable", "cpu", "host_peak", "restore", "restore_peak", "training_call", "device_peak"),
     *("stall", "stall_noise", "step", "steps", "worst_step", "get_p99", "get_p99_before"),
@@ -24,10 +21,8 @@ FIGURES = {
 
 
 @pytest.fixture
-def bench(sim: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def bench(sim: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, benchmarks: Path) -> Any:
     """The script with small sizes, and what it needs of CuPy beyond what gpusaver does."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     install(sim)
     sim.kernels["change"] = Kernel(change, ("pointer",))
@@ -49,10 +44,7 @@ def bench(sim: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
             some = {key: (*shape[:-1], 50) for key, shape in some.items()}
         workload = gpu_state.GpuWorkload(name, f"tiny {name}", some, dtype, 0.001, 2)
         monkeypatch.setitem(gpu_state.GPU_WORKLOADS, name, workload)
-    yield bench_gpu
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
-            del sys.modules[name]
+    return bench_gpu
 
 
 def change(here: Launch, tiles: int) -> None:
