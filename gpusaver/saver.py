@@ -40,7 +40,7 @@ from gpusaver.retention import Retention
 from gpusaver.saving import Capture, SaveRequest, Saving, WhenBusy
 from gpusaver.storage.base import Storage
 from gpusaver.storage.routing import RoutedStorage
-from gpusaver.variables import Leaves, check_variables_once, current_variables, flatten
+from gpusaver.variables import Leaves, NameOrder, check_variables_once, current_variables, flatten
 
 if TYPE_CHECKING:
     from gpusaver.protos import MetaGraphDef, SaverDef
@@ -160,6 +160,7 @@ class Saver:
         self._lock = threading.RLock()
         self._var_list: Any = None
         self._names: list[str] | None = None
+        self._order = NameOrder()
         #: ``with self._agree(step, agreed)``: with other ranks, an error inside is everybody's.
         self._agree: Callable[[str, str], AbstractContextManager[None]] = lambda step, agreed: nullcontext()
         self._group: Group | None = None
@@ -182,7 +183,7 @@ class Saver:
         if self._names is not None:
             return
         self._var_list = current_variables() if var_list is None else var_list
-        leaves = flatten(self._var_list)
+        leaves = flatten(self._var_list, self._order)
         check_variables_once(leaves)
         if not leaves and not self._allow_empty and self._collective is None:  # another rank may have some
             raise ValueError(
@@ -384,7 +385,7 @@ class Saver:
 
     @collector_paused()
     def _leaves(self) -> Leaves:
-        leaves = flatten(self._var_list, self._names)
+        leaves = flatten(self._var_list, self._order)
         if leaves.names != self._names:
             before, now = set(self._names or ()), set(leaves.names)
             raise ValueError(

@@ -311,10 +311,8 @@ class Leaves:
 
     def in_order(self) -> Leaves:
         """By name, as its bytes sort; those of one name as they are."""
-        octets: list[Any] = self.names  # text sorts so if it is ASCII
-        if not all(map(str.isascii, self.names)):
-            octets = [name.encode("utf-8", "surrogateescape") for name in self.names]
-        return self if octets == sorted(octets) else self.take(sorted(range(len(octets)), key=octets.__getitem__))
+        numbers = _sorting(self.names)
+        return self if numbers is None else self.take(numbers)
 
     def merged(self, others: Leaves) -> Leaves:
         return Leaves(*(mine + theirs for mine, theirs in zip(self._columns, others._columns, strict=True))).in_order()
@@ -333,10 +331,40 @@ class Leaves:
         return map(_leaf, zip(*self._columns, strict=True))
 
 
-def flatten(var_list: Any, known: list[str] | None = None) -> Leaves:
+def _sorting(names: list[str]) -> list[int] | None:
+    """The places of names in the order of their bytes; None if they are in that order."""
+    octets: list[Any] = names  # text sorts so if it is ASCII
+    if not all(map(str.isascii, names)):
+        octets = [name.encode("utf-8", "surrogateescape") for name in names]
+    return None if octets == sorted(octets) else sorted(range(len(octets)), key=octets.__getitem__)
+
+
+class NameOrder:
+    """How the names of one var_list sort, kept from one time to the next: they are most likely the same again."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+        self._numbers: list[int] | None = None
+        self._names: list[str] = []
+
+    def learn(self, found: list[str], numbers: list[int] | None, names: list[str]) -> None:
+        """That ``found``, of which no two are equal, sort by these numbers, and then are ``names``."""
+        self._found, self._numbers, self._names = found, numbers, names
+
+    def in_order(self, leaves: Leaves) -> Leaves | None:
+        """By name; None if their names are others, or not those of whole tensors."""
+        if leaves.names != self._found or any(leaves.parts):
+            return None
+        values, holders, keys = leaves.values, leaves.holders, leaves.keys
+        if self._numbers is not None:
+            values, holders, keys = (list(map(column.__getitem__, self._numbers)) for column in (values, holders, keys))
+        return Leaves(self._names, values, holders, keys, leaves.parts)
+
+
+def flatten(var_list: Any, order: NameOrder | None = None) -> Leaves:
     """The leaves of a var_list, sorted by name (the slices of one tensor in the order given).
 
-    ``known``: the names that came out before, and most likely come out again.
+    ``order``: what the last time left to know of the same var_list; learns of this time.
     Raises TypeError for what a var_list cannot hold, ValueError for two leaves of one name.
     """
     leaves = Leaves()
@@ -348,14 +376,19 @@ def flatten(var_list: Any, known: list[str] | None = None) -> Leaves:
         raise TypeError(
             f"Variables to save should be passed in a dict or a list, found {type(var_list).__name__}: {var_list!r:.80}"
         )
-    if leaves.names == known and not any(leaves.parts):
-        return leaves
-    leaves = leaves.in_order()
+    known = order.in_order(leaves) if order is not None else None
+    if known is not None:
+        return known
+    found, numbers = leaves.names, _sorting(leaves.names)
+    if numbers is not None:
+        leaves = leaves.take(numbers)
     names = leaves.names
     if any(map(operator.eq, names, itertools.islice(names, 1, None))):
         for first, second in itertools.pairwise(leaves):
             if first.name == second.name:
                 _check_same_name(first, second)
+    elif order is not None:
+        order.learn(found, numbers, names)
     return leaves
 
 

@@ -239,14 +239,16 @@ class _Block:
         if not 0 < count <= (stop - start) // 4 - 1:
             raise DataLossError(f"{name}: {stop - start} bytes do not hold {count} restarts")
         end = stop - 4 * (count + 1)
-        restarts = np.frombuffer(data, "<u4", count, end).astype(np.int64)
-        if restarts[0] != 0 or (count > 1 and restarts[-1] >= end - start):
+        bounds = np.zeros(count + 1, np.int64)
+        bounds[:-1] = np.frombuffer(data, "<u4", count, end)
+        bounds[-1] = end - start
+        if bounds[0] != 0 or (count > 1 and bounds[-2] >= bounds[-1]):
             raise DataLossError(f"{name}: its restarts lie outside its entries")
-        if not (restarts[1:] > restarts[:-1]).all():
+        if not (bounds[1:-1] > bounds[:-2]).all():
             raise DataLossError(f"{name}: its restarts do not ascend")
-        restarts += start
+        bounds += start
         #: Where the runs begin and end; the first key of each is stored whole.
-        self.runs = restarts, np.append(restarts[1:], end)
+        self.runs = bounds[:-1], bounds[1:]
         self._key_allowance = KEY_EXPANSION * (stop - start) + key_allowance
         self._lookups = 0
         self._all: dict[bytes, bytes] | None = None

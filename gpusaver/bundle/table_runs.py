@@ -41,30 +41,31 @@ def read_runs(data: bytes, starts: Column, stops: Column, allowance: int) -> Run
     """The entries of the runs that begin and end there; None if their keys would take more than ``allowance``, or if
     few of the runs are long, so that most steps would be empty."""
     octets = np.frombuffer(data, np.uint8)
-    is_usual = np.ones(len(starts), np.bool_)
     steps: list[tuple[npt.NDArray[Any], ...]] = []
-    key_nbytes = np.zeros(len(starts), np.uint8)
     position = starts
     most_places = int((stops - starts).sum())  # an entry has three octets, and writers' runs are of one length
     while (is_there := position < stops).any():
         if len(starts) * (len(steps) + 1) > most_places:
             return None
-        shared, unshared, value_nbytes = _lengths(octets, position)
-        key_at = position + 3
-        start = key_at + unshared
-        end = start + value_nbytes
-        is_sound = (shared <= key_nbytes) & (shared | unshared | value_nbytes < 128) & (end <= stops)
         if len(steps) == _MAX_RUN_LENGTH:
-            is_sound[:] = False
-        is_usual &= is_sound | ~is_there
-        is_there &= is_sound
-        shared *= is_there
-        key_nbytes = shared + unshared * is_there
-        position = np.where(is_there, end, stops)
-        steps.append((is_there, np.where(is_there, key_at - shared, 0), shared, key_nbytes, start, end))
+            break
+        shared, unshared, value_nbytes = _lengths(octets, position)
+        start = position + 3 + unshared
+        end = start + value_nbytes
+        steps.append((is_there, shared, unshared, value_nbytes, start, end))
+        position = np.minimum(end, stops)  # of an entry that is none, too: whatever is read from there is not used
     if not steps:
         return None
-    is_there, origins, shared, key_nbytes, starts, ends = map(np.array, zip(*steps, strict=True))
+    is_entry, shared, unshared, value_nbytes, starts, ends = map(np.array, zip(*steps, strict=True))
+    is_sound = (shared | unshared | value_nbytes < 128) & (ends <= stops)
+    key_nbytes = shared + unshared  # where it is sound, this fits
+    is_sound[0] &= shared[0] == 0
+    is_sound[1:] &= shared[1:] <= key_nbytes[:-1]
+    is_usual = (is_sound | ~is_entry).all(axis=0) & ~is_there
+    is_there = np.logical_and.accumulate(is_sound & is_entry)
+    shared *= is_there
+    key_nbytes *= is_there
+    origins = np.where(is_there, starts - unshared - shared, 0)
     longest = max(1, int(key_nbytes.max()))
     if max(int(shared.sum(dtype=np.int64)), key_nbytes.size * longest) > allowance:
         return None

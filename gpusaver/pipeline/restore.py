@@ -210,9 +210,9 @@ def _jobs(reads: Reads, max_gap: int, *, is_local: bool) -> tuple[list[_Scattere
     owners = _owners(reads)
     shard, offset, nbytes, _ = reads.ranges
     order = file_order(shard, offset, nbytes, owners)
-    place = np.stack((shard, owners))
+    place = shard * (owners.max(initial=0) + 1) + owners
     first, second = order[:-1], order[1:]
-    is_far = (place[:, first] != place[:, second]).any(axis=0)
+    is_far = place[first] != place[second]
     is_far |= offset[second] - offset[first] - nbytes[first] > max_gap
     group = np.concatenate(([0], np.cumsum(is_far)))[: len(order)]
     longest = min(_STAGED_NBYTES, CHUNK_NBYTES // 2)  # several have room in a slot
@@ -221,7 +221,7 @@ def _jobs(reads: Reads, max_gap: int, *, is_local: bool) -> tuple[list[_Scattere
     is_scattered = (are_few & (np.bincount(group, is_other) == 0))[group]
     rows, others = order[is_scattered], order[~is_scattered]
     slot = np.cumsum(nbytes[rows]) // (CHUNK_NBYTES - longest)
-    is_elsewhere = (place[:, rows[1:]] != place[:, rows[:-1]]).any(axis=0) | (slot[1:] != slot[:-1])
+    is_elsewhere = (place[rows[1:]] != place[rows[:-1]]) | (slot[1:] != slot[:-1])
     changes = np.flatnonzero(is_elsewhere) + 1
     bounds = sorted({0, len(rows), *changes.tolist(), *range(0, len(rows), _SCATTERED_COUNT if is_local else 1)})
     jobs = [rows[start:stop] for start, stop in itertools.pairwise(bounds)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import types
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import gpusaver
 from gpusaver.errors import InvalidArgumentError
-from gpusaver.variables import flatten
+from gpusaver.variables import NameOrder, flatten
 
 
 def names(var_list: Any) -> list[str]:
@@ -30,6 +31,46 @@ def test_names_are_sorted_as_bytes() -> None:
     assert names({"a-b": 1, "a": {"b": 1}, "a0": 1, "Z": 1, "\u00e9": 1, "\U0001f600": 1, "\uffff": 1}) == [
         *("Z", "a-b", "a/b", "a0", "\u00e9", "\uffff", "\U0001f600")
     ]
+
+
+def test_a_saver_sorts_names_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    times: list[list[str]] = []
+    module = importlib.import_module("gpusaver.variables")  # its name is also that of a function
+    sort = module._sorting
+    monkeypatch.setattr(module, "_sorting", lambda names: times.append(names) or sort(names))
+    state = {name: np.array([number]) for number, name in enumerate("cbad")}
+    with gpusaver.Saver(state) as saver:
+        prefixes = [saver.save(tmp_path / "k", global_step=step) for step in range(2)]
+        state["c"], state["a"] = state["a"], state["c"]
+        for prefix in prefixes:
+            saver.restore(prefix)
+    assert times == [["c", "b", "a", "d"]]
+    assert [state[name].item() for name in "cbad"] == [0, 1, 2, 3]
+
+
+@given(st.data())
+def test_a_dict_may_change_its_order(data: st.DataObject) -> None:
+    named = data.draw(st.dictionaries(st.text("aA/\u00e9\U0001f600\uffff", min_size=1), st.integers()))
+    order = NameOrder()
+    for _ in range(4):
+        state = dict(data.draw(st.permutations(list(named.items()))))
+        state.update({name: data.draw(st.integers()) for name in state})
+        leaves = flatten(state, order)
+        assert leaves.names == sorted(state, key=str.encode)
+        assert leaves.keys == leaves.names
+        assert leaves.values == [state[name] for name in leaves.names]
+
+
+def test_slices_that_were_replaced_by_whole_tensors_of_one_name(tmp_path: Path) -> None:
+    var_list: list[Any] = [
+        gpusaver.PartitionedVariable([4], part, np.zeros(2), "w") for part in (np.s_[0:2], np.s_[2:4])
+    ]
+    saver = gpusaver.Saver(var_list)
+    for number in range(2):
+        with gpusaver.variables():
+            var_list[number] = gpusaver.Variable(np.zeros(4), name="w")
+    with saver, pytest.raises(ValueError, match="At least two variables have the same name: w"):
+        saver.save(tmp_path / "k")
 
 
 @pytest.mark.parametrize("kind", [dict, collections.OrderedDict, collections.UserDict, collections.ChainMap])
