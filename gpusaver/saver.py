@@ -19,28 +19,28 @@ from gpusaver.arguments import (
     state_filename,
     without_session,
 )
-from gpusaver.bundle.bulk import collector_paused
 from gpusaver.checkpoint_files import PathLike, checkpoint_times
 from gpusaver.collective import CollectiveSaving
 from gpusaver.device.inventory import nvtx
 from gpusaver.distributed.group import Group
 from gpusaver.distributed.transport import connect
 from gpusaver.errors import CancelledError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from gpusaver.exporting import PlanDescription, SaverOptions
+from gpusaver.exporting import MetaContent, PlanDescription, SaverOptions
 from gpusaver.finding import candidates, check, first_sound
 from gpusaver.listing import CheckpointList
 from gpusaver.metagraph.rewriting import without_scope, write_meta_graph
 from gpusaver.pending import PendingSave, close_on_exit, ended_if_interrupted
-from gpusaver.pipeline.plan import Plan, Save, plan_save
+from gpusaver.pipeline.plan import Plan, Save
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import run_in_background
+from gpusaver.planning import SaverVariables
 from gpusaver.reader import READ_THREADS, CheckpointReader
 from gpusaver.restoring import RestoreReport, restore_leaves
 from gpusaver.retention import Retention
 from gpusaver.saving import Capture, SaveRequest, Saving, WhenBusy
 from gpusaver.storage.base import Storage
 from gpusaver.storage.routing import RoutedStorage
-from gpusaver.variables import Leaves, NameOrder, check_variables_once, current_variables, flatten
+from gpusaver.variables import Leaves, current_variables
 
 if TYPE_CHECKING:
     from gpusaver.protos import MetaGraphDef, SaverDef
@@ -152,15 +152,11 @@ class Saver:
         )
         kept = retention.max_to_keep, retention.keep_checkpoint_every_n_hours
         self._options = SaverOptions(name, filename, sharded, reshape, *kept)
-        self._description: PlanDescription | None = None
-        self._plan: Plan | None = None
         self._pending: PendingSave | None = None
         self._closed = False
         self._process = os.getpid()
         self._lock = threading.RLock()
-        self._var_list: Any = None
-        self._names: list[str] | None = None
-        self._order = NameOrder()
+        self._variables: SaverVariables | None = None
         #: ``with self._agree(step, agreed)``: with other ranks, an error inside is everybody's.
         self._agree: Callable[[str, str], AbstractContextManager[None]] = lambda step, agreed: nullcontext()
         self._group: Group | None = None
@@ -180,21 +176,19 @@ class Saver:
     def build(self, var_list: Any = None) -> None:
         """Fixes the set of names; only needed after ``defer_build=True``, once."""
         self._check_process()
-        if self._names is not None:
+        if self._variables is not None:
             return
-        self._var_list = current_variables() if var_list is None else var_list
-        leaves = flatten(self._var_list, self._order)
-        check_variables_once(leaves)
-        if not leaves and not self._allow_empty and self._collective is None:  # another rank may have some
+        var_list = current_variables() if var_list is None else var_list
+        variables = SaverVariables(var_list, self._options, self._saving.frozen)
+        if not len(variables) and not self._allow_empty and self._collective is None:  # another rank may have some
             raise ValueError(
                 "No variables to save: pass a dict of arrays, make a gpusaver.Variable, or allow_empty=True. "
                 "gpusaver.import_meta_graph(prefix + '.meta') makes the variables of a checkpoint anew, and "
                 "gpusaver.load(prefix) reads it without any"
             )
-        plan = self._planned(leaves).plan  # finds every leaf that cannot be stored
-        if self._collective is None:  # which plans for itself
-            self._plan = plan
-        self._names = leaves.names
+        if self._collective is not None:  # which plans for itself
+            variables.forget()
+        self._variables = variables
 
     def warmup(self, save_path: PathLike | None = None) -> None:
         """Does ahead of training what the first save would wait for.
@@ -206,12 +200,8 @@ class Saver:
         self._check_process()
         directory = None if save_path is None else os.path.dirname(fs_path(save_path, "save_path"))
         with self._lock:
-            self._check_open()
-            if self._names is None:
-                raise RuntimeError("`build()` should be called before warmup if defer_build==True")
-            save = self._planned(self._leaves())
-            self._plan = save.plan
-            self._saving.warm_up(save, directory)
+            variables = self._built("warmup")
+            self._saving.warm_up(variables.plan(variables.leaves()), directory)
 
     # -- saving
 
@@ -340,8 +330,7 @@ class Saver:
             return self._pending
         leaves = self._leaves_to_save()
         with timeline.span("plan"):
-            save = self._planned(leaves)
-        self._plan = save.plan
+            save = self._built("save").plan(leaves)
         meta_graph = None
         if request.meta_graph_suffix is not None:
             meta_graph = meta_graph_file(prefix, request.meta_graph_suffix), self._describe(leaves, save.plan)
@@ -355,11 +344,9 @@ class Saver:
         return pending
 
     def _leaves_to_save(self) -> Leaves:
-        self._check_open()
-        if self._names is None:
-            raise RuntimeError("`build()` should be called before save if defer_build==True")
+        variables = self._built("save")
         self._raise_earlier_error()
-        return self._leaves()
+        return variables.leaves()
 
     @staticmethod
     def _has_ended(earlier: PendingSave | None, when_busy: WhenBusy) -> bool:
@@ -379,24 +366,12 @@ class Saver:
         if error is not None:
             raise error
 
-    def _planned(self, leaves: Leaves) -> Save:
-        frozen = self._saving.frozen(leaves)
-        return plan_save(leaves, sharded=self._sharded, cached=self._plan, frozen=frozen)
-
-    @collector_paused()
-    def _leaves(self) -> Leaves:
-        leaves = flatten(self._var_list, self._order)
-        if leaves.names != self._names:
-            before, now = set(self._names or ()), set(leaves.names)
-            raise ValueError(
-                "the set of variable names changed since the Saver was made: "
-                f"new {sorted(now - before)[:10]}, gone {sorted(before - now)[:10]}; make a new Saver for a new set"
-            )
-        leaves.names = self._names  # so that the plan keeps no others
-        return leaves
+    def _describe(self, leaves: Leaves, plan: Plan) -> MetaContent:
+        """What the `.meta` file of a save is to say."""
+        return self._built("save").description(leaves, plan)
 
     def _run(
-        self, save: Save, pending: PendingSave, meta_graph: tuple[str, PlanDescription] | None, request: SaveRequest
+        self, save: Save, pending: PendingSave, meta_graph: tuple[str, MetaContent] | None, request: SaveRequest
     ) -> None:
         """In the background: write, commit, state file, retention."""
         try:
@@ -441,7 +416,7 @@ class Saver:
         with self._lock:
             with self._agree("restore", f"{save_path!r}, partial={partial!r}, verify={verify!r}"):
                 reader = self._reader(save_path, verify)
-                leaves = self._leaves()
+                leaves = self._built("restore").leaves()
             return restore_leaves(
                 leaves,
                 reader,
@@ -460,9 +435,7 @@ class Saver:
         prefix = fs_path(save_path, "save_path")
         if verify not in ("during", "before"):
             raise ValueError(f"verify: expected 'during' or 'before', found {verify!r}")
-        self._check_open()
-        if self._names is None:
-            raise RuntimeError("`build()` should be called before restore if defer_build==True")
+        self._built("restore")
         if self._pending is not None:
             self._pending.wait_captured()
         try:
@@ -545,18 +518,9 @@ class Saver:
     def _describe_now(self) -> PlanDescription:
         self._check_process()  # before the lock: in a child it may be held by a thread that is not there
         with self._lock:
-            self._check_open()
-            if self._names is None:
-                raise RuntimeError("`build()` should be called before the variables are described if defer_build==True")
-            leaves = self._leaves()
-            self._plan = self._planned(leaves).plan
-            return self._describe(leaves, self._plan)
-
-    def _describe(self, leaves: Leaves, plan: Plan) -> PlanDescription:
-        """Of the plan; the last one if that still fits."""
-        if self._description is None or not self._description.fits(plan, leaves):
-            self._description = PlanDescription(plan, leaves, self._options)
-        return self._description
+            variables = self._built("the variables are described")
+            leaves = variables.leaves()
+            return variables.description(leaves, variables.plan(leaves).plan)
 
     # -- the list of checkpoints
 
@@ -592,7 +556,8 @@ class Saver:
                 self._raise_earlier_error()
             finally:
                 self._saving.close()
-                self._plan = self._description = None
+                if self._variables is not None:
+                    self._variables.forget()
 
     def __enter__(self) -> Saver:
         return self
@@ -609,9 +574,12 @@ class Saver:
         if os.getpid() != self._process:
             raise FailedPreconditionError("this Saver was made before a fork; make a new one in the child process")
 
-    def _check_open(self) -> None:
+    def _built(self, before: str) -> SaverVariables:
         if self._closed:
             raise FailedPreconditionError("this Saver is closed")
+        if self._variables is None:
+            raise RuntimeError(f"`build()` should be called before {before} if defer_build==True")
+        return self._variables
 
 
 def save(prefix: PathLike, tensors: Any, *, write_meta_graph: bool = True) -> str:

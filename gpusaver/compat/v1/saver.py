@@ -57,7 +57,7 @@ class _NativeSaver(gpusaver.Saver):
         hours = saver_def.keep_checkpoint_every_n_hours
         self._list.retention = Retention(saver_def.max_to_keep, hours, clock(), like_tensorflow=True)
 
-    def _describe(self, leaves: Any, plan: Any) -> Any:
+    def _describe(self, leaves: Any, plan: Any) -> MetaContent:
         return self.meta_graph
 
 
