@@ -53,7 +53,9 @@ def read_runs(data: bytes, starts: Column, stops: Column, allowance: int) -> Run
         start = position + 3 + unshared
         end = start + value_nbytes
         steps.append((is_there, shared, unshared, value_nbytes, start, end))
-        position = np.minimum(end, stops)  # of an entry that is none, too: whatever is read from there is not used
+        position = np.where(
+            shared | unshared | value_nbytes < 128, end, stops
+        )  # of what is no entry, what follows is none
     if not steps:
         return None
     is_entry, shared, unshared, value_nbytes, starts, ends = map(np.array, zip(*steps, strict=True))

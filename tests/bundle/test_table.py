@@ -7,6 +7,7 @@ import struct
 import sys
 import tracemalloc
 
+import numpy as np
 import pytest
 from bundle_tools import (
     Item,
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from gpusaver.bundle import table_reader
 from gpusaver.bundle.crc import crc32c, mask
 from gpusaver.bundle.table_reader import Table
+from gpusaver.bundle.table_runs import read_runs
 from gpusaver.bundle.table_writer import TableWriter
 from gpusaver.errors import DataLossError, InternalError, InvalidArgumentError, UnimplementedError
 
@@ -382,3 +384,14 @@ def test_large_blocks_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch, res
     table = Table(written(items, block_nbytes=40_000, restart_interval=restarts, index_restart_interval=64), "t.index")
     monkeypatch.setattr(table_reader._Block, "_read", None)
     assert list(table.items()) == items
+
+
+@pytest.mark.parametrize("nbytes", [128, 300, 2000])
+def test_a_long_value_leaves_other_runs_to_be_read_side_by_side(nbytes: int) -> None:
+    lengths = bytes((0, 3, nbytes & 127 | 128, nbytes >> 7))
+    entries = [b"\0\3\2abc\x08\x01"] * 100 + [lengths + b"abc" + bytes(nbytes)]
+    stops = np.cumsum(np.fromiter(map(len, entries), np.int64))
+    starts = np.concatenate(([0], stops[:-1]))
+    found = read_runs(b"".join(entries), starts, stops, allowance=1 << 20)
+    assert found is not None
+    assert (found.is_usual.tolist(), len(found.keys)) == ([True] * 100 + [False], 1)
